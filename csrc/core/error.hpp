@@ -1,0 +1,49 @@
+// The core's exceptions. A handful of types, each of which the bindings turn into one Python
+// exception; the text says what was wrong, what was expected, and what to do.
+#pragma once
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace vramkit {
+
+// Base of all: lets the bindings catch "ours" apart from the standard library's.
+class Error : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+// An argument that can never be right (Python: ValueError).
+class InvalidArgument : public Error {
+ public:
+  using Error::Error;
+};
+
+// A file whose content breaks its format (Python: vramkit.CheckpointError, a ValueError).
+class CheckpointError : public Error {
+ public:
+  using Error::Error;
+};
+
+// The operating system refused: carries errno (Python: OSError with that errno).
+class SystemError : public Error {
+ public:
+  SystemError(int code, const std::string& what) : Error(what), code_(code) {}
+  int code() const { return code_; }
+
+ private:
+  int code_;
+};
+
+// A budget that cannot hold what was asked (Python: vramkit.BudgetError). `needed` is the
+// smallest number of bytes that would have done.
+class BudgetError : public Error {
+ public:
+  BudgetError(const std::string& what, std::int64_t needed) : Error(what), needed_(needed) {}
+  std::int64_t needed() const { return needed_; }
+
+ private:
+  std::int64_t needed_;
+};
+
+}  // namespace vramkit

@@ -1,0 +1,171 @@
+// What the vector kernels share: element types, partial vectors, scratch memory, scales.
+//
+// Included by each instruction-set unit after it has defined `Simd`, its vocabulary of vector
+// operations, inside an anonymous namespace. So every unit compiles its own private copy, and no
+// symbol built for one processor can be linked into code that runs on another. For the same reason
+// nothing here instantiates templates of the standard library that could leave such symbols.
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/encode.hpp"
+#include "cpu/kernels.hpp"
+
+namespace vramkit::cpu {
+namespace {
+
+using F = Simd::F;
+using I = Simd::I;
+using U = Simd::U;
+constexpr int kLanes = Simd::lanes;
+
+constexpr std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+constexpr int bytes_of(DType type) { return type == DType::f32 ? 4 : 2; }
+
+// Uninitialized memory for `count` elements of T.
+template <class T>
+class Scratch {
+ public:
+  explicit Scratch(std::int64_t count) : data_(new T[static_cast<std::size_t>(count)]) {}
+  ~Scratch() { delete[] data_; }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  T* get() const { return data_; }
+
+ private:
+  T* data_;
+};
+
+// To nearest even; NaN stays NaN, quiet. Not the processor's own conversion: that one takes
+// subnormal numbers for zero.
+I bf16_bits(F v) {
+  const U u = (U)v;
+  const I rounded = (I)((u + 0x7fff + (u >> 16 & 1)) >> 16);
+  const I quiet = (I)(u >> 16 | 0x40);
+  return ((I)v & 0x7fffffff) > 0x7f800000 ? quiet : rounded;
+}
+
+template <DType type>
+F load(const void* p) {
+  if constexpr (type == DType::f32) return Simd::load(p);
+  if constexpr (type == DType::bf16) return Simd::load_bf16(p);
+  if constexpr (type == DType::f16) return Simd::load_f16(p);
+}
+
+template <DType type>
+void store(void* p, F v) {
+  if constexpr (type == DType::f32) Simd::store(p, v);
+  if constexpr (type == DType::bf16) Simd::store_halves(p, bf16_bits(v));
+  if constexpr (type == DType::f16) Simd::store_f16(p, v);
+}
+
+// The first n elements; zero in the other lanes. Reads nothing past them.
+template <DType type>
+F load_part(const void* p, std::int64_t n) {
+  alignas(64) std::uint8_t staged[kLanes * 4] = {};
+  std::memcpy(staged, p, static_cast<std::size_t>(n * bytes_of(type)));
+  return load<type>(staged);
+}
+
+template <DType type>
+void store_part(void* p, F v, std::int64_t n) {
+  alignas(64) std::uint8_t staged[kLanes * 4];
+  store<type>(staged, v);
+  std::memcpy(p, staged, static_cast<std::size_t>(n * bytes_of(type)));
+}
+
+template <DType from, DType to>
+void convert(const void* in, void* out, std::int64_t count) {
+  auto source = static_cast<const std::uint8_t*>(in);
+  auto target = static_cast<std::uint8_t*>(out);
+  std::int64_t k = 0;
+  for (; k + kLanes <= count; k += kLanes) {
+    store<to>(target + k * bytes_of(to), load<from>(source + k * bytes_of(from)));
+  }
+  if (k == count) return;
+  store_part<to>(target + k * bytes_of(to), load_part<from>(source + k * bytes_of(from), count - k),
+                 count - k);
+}
+
+// Calls run with the type as a template argument: run.template operator()<type>().
+template <class Run>
+void with_type(DType type, const Run& run) {
+  switch (type) {
+    case DType::f32:
+      return run.template operator()<DType::f32>();
+    case DType::bf16:
+      return run.template operator()<DType::bf16>();
+    case DType::f16:
+      return run.template operator()<DType::f16>();
+  }
+}
+
+// Row r of a matrix as floats: in place, or converted into `buffer`.
+const float* float_row(const void* x, DType type, std::int64_t at, std::int64_t cols,
+                       float* buffer) {
+  if (type == DType::f32) return static_cast<const float*>(x) + at;
+  const auto halves = static_cast<const std::uint16_t*>(x) + at;
+  if (type == DType::bf16) {
+    convert<DType::bf16, DType::f32>(halves, buffer, cols);
+  } else {
+    convert<DType::f16, DType::f32>(halves, buffer, cols);
+  }
+  return buffer;
+}
+
+template <class T>
+T read(const std::uint8_t* bytes, std::int64_t i) {
+  T value;
+  std::memcpy(&value, bytes + i * static_cast<std::int64_t>(sizeof(T)), sizeof(T));
+  return value;
+}
+
+template <class T>
+void write(std::uint8_t* bytes, std::int64_t i, T value) {
+  std::memcpy(bytes + i * static_cast<std::int64_t>(sizeof(T)), &value, sizeof(T));
+}
+
+// The scales of a weight's rows as floats.
+class Scales {
+ public:
+  explicit Scales(const Weight& weight)
+      : weight_(weight), per_row_(weight.at.groups_per_row), row_(per_row_ + 1) {}
+
+  // One per group, valid until the next call; 1 where the format has none.
+  const float* row(std::int64_t r) const {
+    float* out = row_.get();
+    const std::int64_t first = r * per_row_;
+    switch (weight_.format->scale) {
+      case ScaleType::f32:
+        std::memcpy(out, weight_.scales + first * 4, static_cast<std::size_t>(per_row_) * 4);
+        break;
+      case ScaleType::f16:
+        convert<DType::f16, DType::f32>(weight_.scales + first * 2, out, per_row_);
+        break;
+      case ScaleType::nested: {
+        const float* map = dynamic_map().data();
+        const float offset = read<float>(weight_.nested_offset, 0);
+        for (std::int64_t g = 0; g < per_row_; ++g) {
+          const std::int64_t outer = (weight_.first_scale + first + g) / kNestedBlock;
+          const float product = map[weight_.scales[first + g]] * read<float>(weight_.extra, outer);
+          out[g] = product + offset;
+        }
+        break;
+      }
+      case ScaleType::none:
+        out[0] = 1.0f;
+        break;
+    }
+    return out;
+  }
+
+ private:
+  const Weight& weight_;
+  std::int64_t per_row_;
+  Scratch<float> row_;
+};
+
+}  // namespace
+}  // namespace vramkit::cpu
