@@ -82,6 +82,7 @@ std::vector<NamedFormat> make_builtin() {
   int4("int4", 128);
   int4("int4_g64", 64);
   int4("int4_g32", 32);
+  int4("int4_g16", 16);
   table4("nf4", ScaleType::f32, kNf4Table);
   table4("nf4_dq", ScaleType::nested, kNf4Table);
   table4("fp4", ScaleType::f32, kFp4Table);

@@ -90,7 +90,7 @@ struct NamedFormat {
   Format format;
 };
 
-// The formats that are always there, by name: fp16 bf16 fp8 fp8_e5m2 int8 int4 int4_g64 int4_g32
+// The formats that are always there, by name: fp16 bf16 fp8 fp8_e5m2 int8 int4 int4_g64 int4_g32 int4_g16
 // nf4 nf4_dq fp4.
 std::span<const NamedFormat> builtin_formats();
 const Format& builtin_format(const std::string& name);  // throws InvalidArgument

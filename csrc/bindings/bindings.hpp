@@ -1,0 +1,11 @@
+// What each file of the Python module _core adds to it.
+#pragma once
+#include <pybind11/pybind11.h>
+
+namespace vramkit::bindings {
+
+void bind_checkpoint(pybind11::module_& m);
+void bind_planner(pybind11::module_& m);
+void bind_ledger(pybind11::module_& m);
+
+}  // namespace vramkit::bindings

@@ -1,0 +1,101 @@
+"""Run PyTorch models in less memory than they ask for, and measure what it cost.
+
+>>> model = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.GELU(), torch.nn.Linear(256, 64))
+>>> vramkit.convert(model, "nf4").coverage_bytes_fraction > 0.99
+True
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from . import _operators as _operators
+from .convert import ConversionReport, convert, restore, set_weight
+from .errors import (
+    BudgetError,
+    CheckpointError,
+    NonFiniteWeightError,
+    ReadOnlyWeightError,
+    StaleHandleError,
+    VramkitError,
+)
+from .formats import StorageFormat, format_names, get_format, register_format
+from .layers import QuantizedLayer, writable
+from .precision import PrecisionMode
+from .sizes import format_size, parse_size
+
+if TYPE_CHECKING:
+    from .checkpoint import convert_checkpoint, load, save
+    from .estimator import MemoryEstimate, estimate
+    from .model_manager import VRAMEfficientModelManager
+    from .planner import Plan, fit, plan
+    from .quality import Comparison, Recording, compare, record
+
+__version__ = "0.1.0"
+
+# Loaded at first use, so that `import vramkit` stays fast. The functions estimate and plan share
+# their module's name, hence the call to import_module and the assignment below.
+_LAZY = {
+    "convert_checkpoint": "checkpoint",
+    "load": "checkpoint",
+    "save": "checkpoint",
+    "MemoryEstimate": "estimator",
+    "estimate": "estimator",
+    "Plan": "planner",
+    "fit": "planner",
+    "plan": "planner",
+    "Comparison": "quality",
+    "Recording": "quality",
+    "compare": "quality",
+    "record": "quality",
+    "VRAMEfficientModelManager": "model_manager",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'vramkit' has no attribute {name!r}")
+    value = getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(_LAZY))
+
+
+__all__ = [
+    "BudgetError",
+    "CheckpointError",
+    "Comparison",
+    "ConversionReport",
+    "MemoryEstimate",
+    "NonFiniteWeightError",
+    "Plan",
+    "PrecisionMode",
+    "QuantizedLayer",
+    "ReadOnlyWeightError",
+    "Recording",
+    "StaleHandleError",
+    "StorageFormat",
+    "VRAMEfficientModelManager",
+    "VramkitError",
+    "compare",
+    "convert",
+    "convert_checkpoint",
+    "estimator",
+    "fit",
+    "format_names",
+    "format_size",
+    "get_format",
+    "load",
+    "parse_size",
+    "plan",
+    "record",
+    "register_format",
+    "restore",
+    "save",
+    "set_weight",
+    "writable",
+]

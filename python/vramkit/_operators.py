@@ -1,0 +1,301 @@
+"""Operators of `torch.ops.vramkit` that allocate, and what compilers need to know of all of them.
+
+Schemas stand in csrc/ops/schema.hpp. Outputs are allocated here so that running out of memory keeps
+torch's own exception; the kernels that fill them are native. Products with many rows go through
+torch's own matrix product, one decoded panel of weight rows at a time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _native  # noqa: F401  (defines the schemas)
+from .formats import _SCALE, _SCALE_F32, _SCALE_FORMAT, _SCALE_NESTED, StorageFormat
+from ._native import _core
+
+_ops = torch.ops.vramkit
+# Rows of x up to which the fused kernel beats decoding a panel (benchmarks/README.md).
+_FUSED_ROWS = 8
+# Bytes of one decoded panel: small enough for the shared cache, large enough that few barriers are met.
+_PANEL_BYTES = 4 << 20
+
+
+def _native_format(spec: list[int], table: Tensor | None) -> _core.Format:
+    return _core.Format(spec, [] if table is None else table.tolist())
+
+
+def _part_shapes(
+    spec: list[int], rows: int, cols: int
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Shapes of codes, scales and extra: [rows, …] wherever rows are separable, else flat."""
+    # Sizes do not depend on the codebook's values; any valid ones do.
+    table = [0.0] * (1 << spec[1]) if spec[0] == 1 else []
+    native = _core.Format(spec, table)
+    size = native.bytes([rows, cols])
+    if not native.row_separable(cols) or rows == 0:
+        return (size.codes,), (size.scales,), (size.extra,)
+    nested = spec[_SCALE] == _SCALE_NESTED
+    extra = (size.extra,) if nested or not size.extra else (rows, size.extra // rows)
+    return (rows, size.codes // rows), (rows, size.scales // rows), extra
+
+
+def _as_matrix(x: Tensor) -> Tensor:
+    if x.dim() < 2:
+        return x.reshape(1, -1)
+    return x.reshape(x.shape[0], -1)
+
+
+def _quantize(x: Tensor, table: Tensor | None, spec: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    matrix = _as_matrix(x).contiguous()
+    rows, cols = matrix.shape
+    direct = list(spec)
+    nested = spec[_SCALE] == _SCALE_NESTED
+    if nested:
+        direct[_SCALE] = _SCALE_F32
+    codes, scales, extra = (
+        torch.empty(shape, dtype=torch.uint8, device=x.device)
+        for shape in _part_shapes(direct, rows, cols)
+    )
+    _ops._quantize_out(matrix, table, direct, codes, scales, extra)
+    if nested:
+        scales, extra = _nest(scales)
+    return codes, scales, extra
+
+
+def _nest(scales: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 scales (as bytes) -> 8-bit codes of their distance from the mean, and its scales."""
+    absmax = scales.reshape(-1).view(torch.float32)
+    offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
+    fmt = _SCALE_FORMAT
+    codes, outer, _ = _quantize(absmax - offset, fmt.table_on(scales.device), fmt.spec)
+    extra = torch.cat([outer.reshape(-1), offset.reshape(1).view(torch.uint8)])
+    shape = (*scales.shape[:-1], scales.shape[-1] // 4)
+    return codes.reshape(shape), extra
+
+
+def _dequantize(
+    codes: Tensor,
+    scales: Tensor,
+    extra: Tensor | None,
+    table: Tensor | None,
+    spec: list[int],
+    shape: list[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    out = torch.empty(shape, dtype=dtype, device=codes.device)
+    if out.numel():
+        matrix = _as_matrix(out)
+        _ops._dequantize_out(codes, scales, extra, table, spec, *matrix.shape, 0, matrix)
+    return out
+
+
+def _separable(spec: list[int], cols: int) -> bool:
+    return spec[2] != 3 or cols % spec[3] == 0
+
+
+def panel_rows(cols: int, itemsize: int, rows: int) -> int:
+    """Weight rows that are decoded at a time before a product with many rows."""
+    return min(rows, max(64, _PANEL_BYTES // max(1, cols * itemsize)))
+
+
+def _linear(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    extra: Tensor | None,
+    table: Tensor | None,
+    bias: Tensor | None,
+    spec: list[int],
+    out_features: int,
+) -> Tensor:
+    cols = x.shape[-1]
+    matrix = x.reshape(-1, cols)
+    if cols > 1 and matrix.stride(1) != 1:
+        matrix = matrix.contiguous()
+    count = matrix.shape[0]
+    out = torch.empty((count, out_features), dtype=x.dtype, device=x.device)
+    if not out.numel():
+        return out.reshape(*x.shape[:-1], out_features)
+    if _separable(spec, cols) and count <= _FUSED_ROWS:
+        wide = None if bias is None else bias.to(torch.float32)
+        _ops._linear_out(matrix, codes, scales, extra, table, wide, spec, out)
+        return out.reshape(*x.shape[:-1], out_features)
+    _panel_product(matrix, codes, scales, extra, table, spec, out)
+    if bias is not None:
+        out += bias
+    return out.reshape(*x.shape[:-1], out_features)
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    # No CPU multiplies float16 at full rate: float32 is faster, and loses nothing.
+    return torch.float32 if x.device.type == "cpu" and x.dtype == torch.float16 else x.dtype
+
+
+def _panel_product(
+    matrix: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    extra: Tensor | None,
+    table: Tensor | None,
+    spec: list[int],
+    out: Tensor,
+) -> None:
+    """out = matrix @ weight.T, with the weight decoded panel by panel."""
+    rows, cols = out.shape[1], matrix.shape[1]
+    dtype = _product_dtype(matrix)
+    wide = matrix.to(dtype)
+    step = panel_rows(cols, dtype.itemsize, rows) if _separable(spec, cols) else rows
+    panel = torch.empty((step, cols), dtype=dtype, device=matrix.device)
+    for first in range(0, rows, step):
+        part = panel[: min(step, rows - first)]
+        _ops._dequantize_out(codes, scales, extra, table, spec, rows, cols, first, part)
+        target = out[:, first : first + part.shape[0]]
+        if dtype == out.dtype:
+            torch.mm(wide, part.t(), out=target)
+        else:
+            target.copy_(torch.mm(wide, part.t()))
+
+
+def _embedding(
+    indices: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    extra: Tensor | None,
+    table: Tensor | None,
+    spec: list[int],
+    shape: list[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    rows, cols = shape
+    flat = indices.reshape(-1)
+    if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= rows):
+        raise IndexError(f"index out of range: this embedding has {rows} rows")
+    out = torch.empty((flat.shape[0], cols), dtype=dtype, device=codes.device)
+    if out.numel():
+        if _separable(spec, cols):
+            flat = flat.to(torch.int64).contiguous()
+            _ops._embedding_out(flat, codes, scales, extra, table, spec, rows, out)
+        else:
+            whole = _dequantize(codes, scales, extra, table, spec, shape, dtype)
+            torch.index_select(whole, 0, flat, out=out)
+    return out.reshape(*indices.shape, cols)
+
+
+def workspace_bytes(name: str, args: tuple[Any, ...]) -> int:
+    """Bytes that the operator `name` holds besides its inputs and its output, at their highest.
+
+    The estimator asks; the figures follow the code above.
+    """
+    if name != "linear":
+        return 0
+    x, spec, out_features = args[0], args[6], args[7]
+    cols = x.shape[-1]
+    count = x.numel() // cols if cols else 0
+    if _separable(spec, cols) and count <= _FUSED_ROWS:
+        bias = args[5]
+        return 0 if bias is None or bias.dtype == torch.float32 else 4 * out_features
+    dtype = _product_dtype(x)
+    rows = panel_rows(cols, dtype.itemsize, out_features) if _separable(spec, cols) else out_features
+    extra = 0 if dtype == x.dtype else (count * cols + count * rows) * dtype.itemsize
+    return rows * cols * dtype.itemsize + extra
+
+
+_library = torch.library.Library("vramkit", "IMPL")
+for _key in ("CPU",):  # CUDA kernels come with the CUDA milestone (docs/gpu-status.md)
+    _library.impl("quantize", _quantize, _key)
+    _library.impl("dequantize", _dequantize, _key)
+    _library.impl("linear", _linear, _key)
+    _library.impl("embedding", _embedding, _key)
+
+
+@torch.library.register_fake("vramkit::quantize")
+def _(x: Tensor, table: Tensor | None, spec: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    rows, cols = _as_matrix(x).shape
+    codes, scales, extra = _part_shapes(spec, rows, cols)
+    return tuple(x.new_empty(shape, dtype=torch.uint8) for shape in (codes, scales, extra))  # type: ignore[return-value]
+
+
+@torch.library.register_fake("vramkit::dequantize")
+def _(codes: Tensor, scales: Tensor, extra: Tensor | None, table: Tensor | None, spec: list[int],
+      shape: list[int], dtype: torch.dtype) -> Tensor:  # fmt: skip
+    return codes.new_empty(shape, dtype=dtype)
+
+
+@torch.library.register_fake("vramkit::linear")
+def _(x: Tensor, codes: Tensor, scales: Tensor, extra: Tensor | None, table: Tensor | None,
+      bias: Tensor | None, spec: list[int], out_features: int) -> Tensor:  # fmt: skip
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+@torch.library.register_fake("vramkit::embedding")
+def _(indices: Tensor, codes: Tensor, scales: Tensor, extra: Tensor | None, table: Tensor | None,
+      spec: list[int], shape: list[int], dtype: torch.dtype) -> Tensor:  # fmt: skip
+    return codes.new_empty((*indices.shape, shape[1]), dtype=dtype)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, codes, scales, extra, table, bias, spec, out_features = inputs
+    ctx.save_for_backward(codes, scales, extra, table)
+    ctx.spec, ctx.shape = spec, [out_features, x.shape[-1]]
+    ctx.has_bias = bias is not None
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of x and bias; the weight is decoded again, not kept."""
+    codes, scales, extra, table = ctx.saved_tensors
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        weight = _ops.dequantize(codes, scales, extra, table, ctx.spec, ctx.shape, grad.dtype)
+        grad_x = grad @ weight
+    if ctx.has_bias and ctx.needs_input_grad[5]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+    return grad_x, None, None, None, None, grad_bias, None, None
+
+
+torch.library.register_autograd(
+    "vramkit::linear", _backward, setup_context=_save_for_backward, lib=_library
+)
+
+
+class StoredParts:
+    """The parts of one stored weight, as operators take them."""
+
+    __slots__ = ("codes", "extra", "fmt", "scales", "shape")
+
+    def __init__(
+        self, fmt: StorageFormat, shape: tuple[int, ...], codes: Tensor, scales: Tensor, extra: Tensor | None
+    ) -> None:
+        self.fmt, self.shape = fmt, shape
+        self.codes, self.scales, self.extra = codes, scales, extra
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(part.numel() for part in (self.codes, self.scales, self.extra) if part is not None)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The decoded weight."""
+        out: Tensor = _ops.dequantize(
+            self.codes,
+            self.scales,
+            self.extra,
+            self.fmt.table_on(self.codes.device),
+            self.fmt.spec,
+            list(self.shape),
+            dtype,
+        )
+        return out
+
+
+def encode(weight: Tensor, fmt: StorageFormat) -> StoredParts:
+    """Encode a weight (float32, bfloat16 or float16; any shape) natively into `fmt`."""
+    source = weight.detach()
+    if source.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        if not source.dtype.is_floating_point:
+            raise TypeError(f"cannot quantize a weight of dtype {source.dtype}")
+        source = source.to(torch.float32)
+    codes, scales, extra = _ops.quantize(source, fmt.table_on(source.device), fmt.spec)
+    return StoredParts(fmt, tuple(weight.shape), codes, scales, extra if extra.numel() else None)

@@ -1,0 +1,34 @@
+"""The exceptions that vramkit raises, all of them also of the built-in type a caller would expect."""
+
+from __future__ import annotations
+
+
+class VramkitError(Exception):
+    """Base of every exception that is vramkit's own."""
+
+
+class CheckpointError(VramkitError, ValueError):
+    """A checkpoint that breaks its format, lacks a part, or belongs to another model."""
+
+
+class BudgetError(VramkitError, ValueError):
+    """A memory limit that cannot hold what was asked.
+
+    `needed_bytes` is the smallest number of bytes that would have done.
+    """
+
+    def __init__(self, message: str, needed_bytes: int = 0) -> None:
+        super().__init__(message)
+        self.needed_bytes = needed_bytes
+
+
+class NonFiniteWeightError(VramkitError, ValueError):
+    """A weight that holds NaN or infinity, or overflows the format it was to be stored in."""
+
+
+class StaleHandleError(VramkitError, RuntimeError):
+    """A handle to a model that its manager has unloaded since."""
+
+
+class ReadOnlyWeightError(VramkitError, RuntimeError):
+    """A write to the `.weight` of a converted layer, which would otherwise be lost in silence."""

@@ -1,0 +1,55 @@
+"""nn.Linear with its weight in a storage format."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .base import QuantizedLayer, autocast_dtype, check_float, register_kind
+
+
+class QuantizedLinear(QuantizedLayer):
+    """y = x W^T + b, with W decoded as it is used.
+
+    x: [..., in_features] in float32, bfloat16 or float16; y has x's dtype (autocast's where it is
+    on). Products accumulate in float32. Gradients flow to x and to the bias.
+    """
+
+    in_features: int
+    out_features: int
+    bias: Tensor | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output, [..., out_features]."""
+        dtype = autocast_dtype(x)
+        if x.dtype != dtype:
+            x = x.to(dtype)
+        check_float(x, "a converted Linear")
+        if x.shape[-1:] != (self.in_features,):
+            raise RuntimeError(
+                f"expected input [..., {self.in_features}], got {list(x.shape)} "
+                f"(a converted Linear of {self.in_features} to {self.out_features} features)"
+            )
+        fmt = self.storage_format
+        if fmt.storage_dtype == x.dtype:
+            weight = self.codes.view(x.dtype)
+            bias = self.bias if self.bias is None else self.bias.to(x.dtype)
+            return functional.linear(x, weight, bias)
+        out: Tensor = torch.ops.vramkit.linear(
+            x,
+            self.codes,
+            self.scales,
+            self.extra,
+            fmt.table_on(self.codes.device),
+            self.bias,
+            fmt.spec,
+            self.out_features,
+        )
+        return out
+
+    def _resized(self) -> None:
+        self.out_features, self.in_features = self.weight_shape
+
+
+register_kind(nn.Linear, QuantizedLinear)
