@@ -1,0 +1,93 @@
+"""What one real call takes: allocated bytes and time."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+from .estimator import call_arguments, model_dtype, weight_bytes
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One call's memory, by the allocator's own events, and its median time in seconds."""
+
+    weights_bytes: int
+    activations_bytes: int
+    seconds: float
+
+    @property
+    def peak_bytes(self) -> int:
+        """Weights and what the call held at most."""
+        return self.weights_bytes + self.activations_bytes
+
+
+def call(model: nn.Module, inputs: Any, *, repeats: int = 3) -> Measurement:
+    """Run `model` on `inputs` and measure it.
+
+    On the CPU the peak is the highest sum of the profiler's allocation events; on CUDA it is
+    torch's peak of allocated bytes above the level before the call. A first call warms up.
+    """
+    args, kwargs = call_arguments(inputs, model_dtype(model))
+    with torch.inference_mode():
+        model(*args, **kwargs)
+        seconds = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            model(*args, **kwargs)
+            _finish(model)
+            seconds.append(time.perf_counter() - start)
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+            model(*args, **kwargs)
+            peak = torch.cuda.max_memory_allocated(device) - before
+        else:
+            peak = _profiled_peak(model, args, kwargs)
+    return Measurement(weight_bytes(model), peak, median(seconds))
+
+
+def _finish(model: nn.Module) -> None:
+    if any(p.is_cuda for p in model.parameters()):
+        torch.cuda.synchronize()
+
+
+@contextmanager
+def _quiet_profiler() -> Iterator[None]:
+    """Keeps the profiler from printing its start, its stop, and that it found no GPU."""
+    name = "KINETO_LOG_LEVEL"
+    before = os.environ.get(name)
+    if before is None:
+        os.environ[name] = "99"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+
+
+def _profiled_peak(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    from torch.profiler import ProfilerActivity, profile
+
+    with (
+        _quiet_profiler(),
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
+    ):
+        out = model(*args, **kwargs)
+        del out
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
