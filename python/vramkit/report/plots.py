@@ -1,0 +1,136 @@
+"""Matplotlib figures of plans, estimates and comparisons; matplotlib is imported when one is made.
+
+The figures are not pyplot's: they keep no global state, show themselves in notebooks, and are
+written with `.savefig(path)`.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import TYPE_CHECKING, Any
+
+from ..sizes import format_size
+from .layout import error_rows, families, family, layer_rows, thin
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_LINE = "#0069a8"
+
+
+def _figure(height: float) -> tuple[Figure, Axes]:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            'plots need matplotlib, which is not installed: pip install "vramkit[demo]"'
+        ) from error
+
+    class ShownFigure(Figure):
+        """A figure that a notebook shows though pyplot does not know it."""
+
+        def _repr_png_(self) -> bytes:
+            data = io.BytesIO()
+            self.savefig(data, format="png", dpi=110)
+            return data.getvalue()
+
+    figure = ShownFigure(figsize=(9.0, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _size_axis(axis: Any) -> None:
+    axis.set_major_formatter(lambda value, _: format_size(round(value)))
+
+
+def _name_rows(axes: Axes, labels: list[str]) -> None:
+    axes.set_yticks(range(len(labels)), labels, fontsize=8, family="monospace")
+    axes.set_ylim(len(labels) - 0.4, -0.6)  # the first layer on top
+    axes.tick_params(axis="y", length=0)
+
+
+def plan_figure(plan: Any) -> Figure:
+    """Bytes of each layer, or group of layers, before (grey) and after (by format)."""
+    rows = layer_rows(plan)
+    figure, axes = _figure(1.6 + 0.2 * len(rows))
+    before = [sum(e.original_bytes for e in entries) for _, entries in rows]
+    axes.barh(range(len(rows)), before, color="#dfe3e8", label="before")
+    left = [0] * len(rows)
+    for name, colour in families([e.format for e in plan.entries]).items():
+        widths = [sum(e.bytes for e in es if family(e.format) == name) for _, es in rows]
+        axes.barh(range(len(rows)), widths, left=left, color=colour.light, label=name)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    _name_rows(axes, [label for label, _ in rows])
+    _size_axis(axes.xaxis)
+    axes.set_title(
+        f"weights {format_size(plan.weights_bytes)}, limit {format_size(plan.limit_bytes)}",
+        loc="left",
+        fontsize=11,
+    )
+    figure.legend(loc="outside lower left", ncols=6, frameon=False, fontsize=9)
+    return figure
+
+
+def estimate_figure(estimate: Any) -> Figure:
+    """Live bytes of a call, module by module, above its weights (given in the title)."""
+    figure, axes = _figure(4.0)
+    points = thin(estimate.timeline)
+    title = f"weights {format_size(estimate.weights_bytes)}"
+    if points:
+        edges = range(len(points) + 1)
+        axes.stairs([n for _, n in points], edges, fill=True, color=_LINE, alpha=0.25)
+        axes.stairs([n for _, n in points], edges, color=_LINE)
+        ticks = sorted({0, len(points) // 2, len(points) - 1})
+        axes.set_xticks([t + 0.5 for t in ticks], [points[t][0] for t in ticks], fontsize=8)
+        axes.set_xlim(0, len(points))
+    else:
+        axes.text(
+            0.5,
+            0.5,
+            "no timeline: estimate with inputs= to see one",
+            ha="center",
+            va="center",
+            transform=axes.transAxes,
+        )
+        axes.set_xticks([])
+    highest = estimate.activations_bytes
+    if highest is not None:
+        axes.axhline(highest, color="black", linestyle="--", linewidth=1, label="peak of the call")
+        axes.legend(frameon=False, fontsize=9)
+        title += f" + call {format_size(highest)} = peak {format_size(estimate.peak_bytes)}"
+    axes.set_ylim(bottom=0)
+    _size_axis(axes.yaxis)
+    axes.set_ylabel("memory of the call")
+    axes.set_title(title, loc="left", fontsize=11)
+    return figure
+
+
+def comparison_figure(comparison: Any) -> Figure:
+    """Relative L2 error by layer; the whole output's in the title, and alone if no layer is known.
+
+    An error that is not finite is drawn in red over the whole width.
+    """
+    layers = [("output", comparison.relative_l2)]
+    if comparison.layers:
+        layers = error_rows(comparison.layers)
+    figure, axes = _figure(1.4 + 0.2 * len(layers))
+    widest = max((v for _, v in layers if math.isfinite(v)), default=0.0) or 1.0
+    known = [math.isfinite(v) for _, v in layers]
+    widths = [v if ok else widest for (_, v), ok in zip(layers, known, strict=True)]
+    axes.barh(range(len(layers)), widths, color=[_LINE if ok else "#b3261e" for ok in known])
+    _name_rows(
+        axes, [n if ok else f"{n} (not finite)" for (n, _), ok in zip(layers, known, strict=True)]
+    )
+    axes.set_xlabel("relative L2 error")
+    axes.set_title(
+        f"relative L2 {comparison.relative_l2:.4g}, least cosine {comparison.cosine:.5f}, "
+        f"SQNR {comparison.sqnr_db:.1f} dB",
+        loc="left",
+        fontsize=11,
+    )
+    return figure
