@@ -1,0 +1,41 @@
+"""The one runner: `python -m benchmarks quality|frontier|imports|cpu [--json PATH]`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+from .runner import environment, write_json
+
+SUITES = {
+    "quality": "error on real weights by format and by budget, against the peers",
+    "frontier": "bytes against quality on real weights, and the picture of it",
+    "imports": "time of `import vramkit` after `import torch`",
+    "cpu": "one Linear on the CPU, by format and rows, against the peers and the limit",
+}
+
+
+def main() -> int:
+    """Run one suite; its exit code is 1 where a figure that the project promises is missed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    suites = parser.add_subparsers(dest="suite", required=True)
+    for name, text in SUITES.items():
+        sub = suites.add_parser(name, help=text)
+        sub.add_argument("--json", metavar="PATH", help="write the results here")
+        if name == "cpu":
+            sub.add_argument("--size", type=int, default=4096)
+            sub.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64, 512])
+            sub.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    module = importlib.import_module(f".{options.suite}", __package__)
+    result, missed = module.run(options)
+    if options.json:
+        write_json(options.json, {"environment": environment(), "results": result})
+    for line in missed:
+        print(f"MISSED: {line}")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

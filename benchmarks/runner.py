@@ -1,0 +1,85 @@
+"""What every suite shares: timing in turn, the machine's limits, and the results file."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+import vramkit
+from vramkit import _core
+
+PEERS = ("torch", "bitsandbytes", "optimum-quanto", "torchao", "transformers")
+
+
+def environment() -> dict[str, Any]:
+    """Versions and the processor, so that a result says what it was taken on."""
+    versions = {}
+    for name in PEERS:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    return {
+        "vramkit": vramkit.__version__,
+        "isa": _core.active_isa(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "processor": _processor(),
+        "versions": versions,
+    }
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def write_json(path: str, data: dict[str, Any]) -> None:
+    """Write one result."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(data, indent=1) + "\n")
+
+
+def in_turn(
+    work: Mapping[str, Callable[[], Any]], *, repeats: int = 15, slowest: float = 2.0
+) -> dict[str, float]:
+    """Median seconds of each, called in turn so that a busy moment hits all alike.
+
+    `slowest` bounds the seconds spent on any one of them.
+    """
+    times: dict[str, list[float]] = {name: [] for name in work}
+    for call in work.values():
+        call()
+    spent = dict.fromkeys(work, 0.0)
+    for _ in range(repeats):
+        for name, call in work.items():
+            if spent[name] > slowest and len(times[name]) >= 3:
+                continue
+            start = time.perf_counter()
+            call()
+            took = time.perf_counter() - start
+            times[name].append(took)
+            spent[name] += took
+    return {name: median(values) for name, values in times.items()}
+
+
+def read_rate(nbytes: int = 256 << 20) -> float:
+    """Bytes per second that a streaming read of fresh memory reaches, measured now."""
+    source = torch.ones(nbytes // 4)
+    source.sum()
+    best = 0.0
+    for _ in range(5):
+        start = time.perf_counter()
+        source.sum()
+        best = max(best, nbytes / (time.perf_counter() - start))
+    return best

@@ -1,0 +1,458 @@
+"""The command line: `vramkit demo | doctor | estimate | plan | convert | fit`.
+
+Exit codes: 0 done; 1 an error that the text explains; 2 wrong usage; 3 a memory limit that cannot be
+met (the text, and `needed_bytes` in the JSON, say the smallest that would do).
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from . import __version__
+from .errors import BudgetError, VramkitError
+from .precision import PrecisionMode
+from .sizes import format_size
+
+EXIT_ERROR, EXIT_BUDGET = 1, 3
+
+_json_option = click.option(
+    "--json", "json_path", metavar="PATH|-", help="Write the result as JSON to PATH, or to stdout."
+)
+_factory_option = click.option(
+    "--factory",
+    metavar="PACKAGE.MODULE:FUNCTION",
+    help="Builds the module, where MODEL is a safetensors file or a folder without config.json.",
+)
+_inputs_option = click.option(
+    "--inputs",
+    "inputs",
+    multiple=True,
+    metavar="[NAME=]2x128[:int64]",
+    help="Shape of one input of a call; repeat for each. Without NAME: positional.",
+)
+_limit_option = click.option("--vram-limit", required=True, help='"6 GB", "512 MiB", or GiB.')
+_buffer_option = click.option("--vram-buffer", default="0 B", show_default=True)
+_skip_option = click.option("--skip", multiple=True, help="A layer to leave plain (name or glob).")
+
+
+class Output:
+    """Where a command's result goes: tables to the terminal, JSON to where the user said."""
+
+    def __init__(self, json_path: str | None) -> None:
+        self.json_path = json_path
+        self.console = Console(stderr=json_path == "-")
+
+    def finish(self, data: dict[str, Any]) -> None:
+        """Write the JSON, if it was asked for."""
+        if self.json_path == "-":
+            click.echo(json.dumps(data, indent=2))
+        elif self.json_path:
+            Path(self.json_path).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _reported(json_path: str | None) -> Iterator[Output]:
+    """Turns the library's errors into a sentence and an exit code."""
+    output = Output(json_path)
+    try:
+        yield output
+    except BudgetError as error:
+        output.console.print(f"[red]does not fit:[/red] {error}", highlight=False)
+        output.finish({"error": str(error), "needed_bytes": error.needed_bytes})
+        sys.exit(EXIT_BUDGET)
+    except (VramkitError, ValueError, TypeError, OSError, ImportError) as error:
+        output.console.print(f"[red]error:[/red] {error}", highlight=False)
+        output.finish({"error": str(error)})
+        sys.exit(EXIT_ERROR)
+
+
+def parse_inputs(texts: tuple[str, ...]) -> Any:
+    """`["input_ids=2x128", "x=1x3x64x64:float16"]` as the inputs of `vramkit.estimate`."""
+    if not texts:
+        return None
+    named: dict[str, Any] = {}
+    positional: list[Any] = []
+    for text in texts:
+        match = re.fullmatch(r"(?:(\w+)=)?(\d+(?:x\d+)*)(?::(\w+))?", text)
+        if match is None:
+            raise ValueError(f"cannot read the input {text!r}; write NAME=2x128 or NAME=2x128:int64")
+        name, shape_text, dtype = match.groups()
+        shape: Any = tuple(int(n) for n in shape_text.split("x"))
+        value = (dtype, shape) if dtype else shape
+        if name:
+            named[name] = value
+        else:
+            positional.append(value)
+    if named and positional:
+        raise ValueError("name all inputs or none")
+    return named or tuple(positional)
+
+
+def entry_point(text: str) -> Callable[[], Any]:
+    """The function that `package.module:function` names."""
+    module_name, _, function = text.partition(":")
+    if not module_name or not function:
+        raise ValueError(f"expected package.module:function, got {text!r}")
+    sys.path.insert(0, "")  # modules in the folder one works in, as `python -m` finds them
+    try:
+        found = getattr(importlib.import_module(module_name), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"cannot find {text!r}: {error}") from error
+    finally:
+        sys.path.remove("")
+    if not callable(found):
+        raise ValueError(f"{text!r} is not a function that returns a module")
+    return found  # type: ignore[no-any-return]
+
+
+def _is_entry_point(model: str) -> bool:
+    return not Path(model).exists() and re.fullmatch(r"[\w.]+:\w+", model) is not None
+
+
+def _module_or_path(model: str, factory: str | None) -> tuple[Any, Callable[[], Any] | None]:
+    """(module, None) for an entry point, (path, factory) for a checkpoint."""
+    if _is_entry_point(model):
+        return entry_point(model)(), None
+    if not Path(model).exists():
+        raise FileNotFoundError(
+            f"no model at {model!r}: give a checkpoint folder, a safetensors file with --factory, "
+            "or package.module:function"
+        )
+    if Path(model).is_file() and factory is None:
+        raise ValueError(f"{model} holds weights only: say what model they are with --factory")
+    return Path(model), entry_point(factory) if factory else None
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="vramkit")
+def main() -> None:
+    """Run PyTorch models in less memory than they ask for, and measure what it cost.
+
+    MODEL is a transformers checkpoint folder, a safetensors file with --factory, or an entry point
+    package.module:function that returns a module.
+    """
+    # So that files in the making are removed when the process is asked to stop.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
+@main.command()
+@click.option("--vram-limit", help='Limit of the weights, "18 MB"; default: a quarter of fp32.')
+@click.option(
+    "--report", default="vramkit-report.html", show_default=True, type=click.Path(dir_okay=False)
+)
+@_json_option
+def demo(vram_limit: str | None, report: str, json_path: str | None) -> None:
+    """Fit a real sentence-embedding model into a quarter of its memory and compare."""
+    with _reported(json_path) as output:
+        from . import demo as demonstration
+        from .report.html import write_report
+
+        console = output.console
+        console.print(f"[bold]{demonstration.MODEL}[/bold], 22.7 M parameters, offline")
+        result = demonstration.run(vram_limit, progress=console.is_terminal)
+        _print_demo(console, result)
+        write_report(
+            report,
+            title=f"{demonstration.MODEL} within {format_size(result.limit_bytes)}",
+            summary=result.to_dict(),
+            estimate=result.estimate,
+            plan=result.plan,
+            comparison=result.comparison,
+            left_out=result.conversion.left_out,
+        )
+        console.print(f"report: [bold]{report}[/bold]", highlight=False)
+        output.finish(result.to_dict())
+
+
+def _print_demo(console: Console, result: Any) -> None:
+    table = Table(title=None)
+    for column in ("", "fp32", "fitted", "ratio"):
+        table.add_column(column, justify="left" if not column else "right")
+    before, after = result.reference, result.measured
+    rows = (
+        ("weights", before.weights_bytes, after.weights_bytes),
+        ("peak of one call", before.peak_bytes, after.peak_bytes),
+    )
+    for label, a, b in rows:
+        table.add_row(label, format_size(a), format_size(b), f"{b / a:.3f}")
+    table.add_row(
+        "seconds for 16 sentences",
+        f"{before.seconds:.4f}",
+        f"{after.seconds:.4f}",
+        f"{after.seconds / before.seconds:.2f}",
+    )
+    console.print(table)
+    console.print(str(result.plan), highlight=False)
+    peak = result.estimate.peak_bytes
+    console.print(
+        f"estimated peak {format_size(peak)}, measured {format_size(after.peak_bytes)} "
+        f"({peak / after.peak_bytes - 1:+.1%})",
+        highlight=False,
+    )
+    cost = result.comparison
+    console.print(
+        f"[bold]cost:[/bold] least cosine {cost.cosine:.5f}, relative L2 {cost.relative_l2:.4f}, "
+        f"SQNR {cost.sqnr_db:.1f} dB; converted {result.conversion.coverage_bytes_fraction:.1%} "
+        "of the bytes",
+        highlight=False,
+    )
+    same = sum(m.reference == m.fitted for m in result.matches)
+    console.print(
+        f"nearest sentence: the same for {same} of {len(result.matches)} queries", highlight=False
+    )
+    for match in result.matches[:3]:
+        console.print(
+            f"  {match.sentence}\n    -> {match.fitted}  "
+            f"({match.fitted_score:.3f}; fp32 {match.reference_score:.3f})",
+            highlight=False,
+        )
+
+
+@main.command()
+@click.option("--rates/--no-rates", default=True, help="Measure memory, disk and kernels (2 s).")
+@_json_option
+def doctor(rates: bool, json_path: str | None) -> None:
+    """Show what this machine and this build offer."""
+    with _reported(json_path) as output:
+        from .doctor import examine
+
+        found = examine(rates=rates)
+        table = Table(show_header=False)
+        for key, value in _flat(found):
+            table.add_row(key, value)
+        output.console.print(table)
+        output.finish(found)
+
+
+def _flat(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in data.items():
+        label = f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _flat(value, f"{label} ")
+        elif key.endswith("_bytes_per_second"):
+            yield label.removesuffix("_bytes_per_second"), f"{value / 1e9:.2f} GB/s"
+        elif key.endswith("_bytes") and value is not None:
+            yield label.removesuffix("_bytes"), format_size(value)
+        elif isinstance(value, list):
+            yield label, ", ".join(map(str, value)) or "none"
+        else:
+            yield label, "unknown" if value is None and key != "isa_forced" else str(value)
+
+
+@main.command()
+@click.argument("model")
+@click.option("--precision", default="all", show_default=True, help='One, several ("a,b"), or all.')
+@_inputs_option
+@_factory_option
+@_skip_option
+@_json_option
+def estimate(
+    model: str,
+    precision: str,
+    inputs: tuple[str, ...],
+    factory: str | None,
+    skip: tuple[str, ...],
+    json_path: str | None,
+) -> None:
+    """Predict bytes by precision before any weight is read."""
+    with _reported(json_path) as output:
+        from .checkpoint import build_skeleton
+        from .estimator import estimate as predict
+
+        source, build = _module_or_path(model, factory)
+        skeleton = source if build is None and not isinstance(source, Path) else build_skeleton(
+            source, build
+        )
+        table = Table()
+        for column in ("precision", "weights", "activations", "peak"):
+            table.add_column(column, justify="left" if column == "precision" else "right")
+        rows = []
+        for name in _precisions(precision):
+            found = predict(skeleton, name, parse_inputs(inputs), skip=skip)
+            rows.append(found.to_dict())
+            sizes = (found.weights_bytes, found.activations_bytes, found.peak_bytes)
+            table.add_row(name, *("-" if n is None else format_size(n) for n in sizes))
+        output.console.print(table)
+        if not inputs:
+            output.console.print("give --inputs for activations and the peak", style="dim")
+        output.finish({"model": model, "estimates": rows})
+
+
+def _precisions(text: str) -> list[str]:
+    if text != "all":
+        return [PrecisionMode.parse(part).value for part in text.split(",")]
+    unsupported = (PrecisionMode.INT8_DYNAMIC, PrecisionMode.LLM_INT8)
+    return [mode.value for mode in PrecisionMode if mode not in unsupported]
+
+
+def _make_plan(
+    source: Any,
+    build: Callable[[], Any] | None,
+    vram_limit: str,
+    vram_buffer: str,
+    inputs: tuple[str, ...],
+    skip: tuple[str, ...],
+    progress: bool,
+) -> Any:
+    from .checkpoint import plan_checkpoint
+    from .planner import plan as choose
+
+    limit: Any = float(vram_limit) if re.fullmatch(r"[0-9.]+", vram_limit) else vram_limit
+    buffer: Any = float(vram_buffer) if re.fullmatch(r"[0-9.]+", vram_buffer) else vram_buffer
+    options = {
+        "vram_buffer": buffer,
+        "inputs": parse_inputs(inputs),
+        "skip": skip,
+        "progress": progress,
+    }
+    if isinstance(source, Path):
+        return plan_checkpoint(source, limit, factory=build, **options)
+    return choose(source, limit, **options)
+
+
+@main.command()
+@click.argument("model")
+@_limit_option
+@_buffer_option
+@_inputs_option
+@_factory_option
+@_skip_option
+@click.option("--save", "save_path", type=click.Path(dir_okay=False), help="Write the plan here.")
+@_json_option
+def plan(
+    model: str,
+    vram_limit: str,
+    vram_buffer: str,
+    inputs: tuple[str, ...],
+    factory: str | None,
+    skip: tuple[str, ...],
+    save_path: str | None,
+    json_path: str | None,
+) -> None:
+    """Choose the format of every layer so that MODEL fits and loses least."""
+    with _reported(json_path) as output:
+        source, build = _module_or_path(model, factory)
+        made = _make_plan(
+            source, build, vram_limit, vram_buffer, inputs, skip, output.console.is_terminal
+        )
+        _print_plan(output.console, made)
+        if save_path:
+            made.save(save_path)
+        output.finish(made.to_dict())
+
+
+def _print_plan(console: Console, made: Any) -> None:
+    table = Table()
+    for column in ("layer", "kind", "format", "before", "after", "error"):
+        table.add_column(column, justify="right" if column in ("before", "after") else "left")
+    for e in made.entries:
+        sizes = (format_size(e.original_bytes), format_size(e.bytes))
+        table.add_row(e.name, e.kind, e.format or "plain", *sizes, f"{e.error:.1e}")
+    console.print(table)
+    console.print(str(made), highlight=False)
+
+
+@main.command()
+@click.argument("model")
+@click.argument("target", type=click.Path(file_okay=False))
+@click.option("--precision", help="The precision of every layer that can be converted.")
+@click.option("--plan", "plan_path", type=click.Path(exists=True), help="A plan from `plan --save`.")
+@_factory_option
+@_skip_option
+@_json_option
+def convert(
+    model: str,
+    target: str,
+    precision: str | None,
+    plan_path: str | None,
+    factory: str | None,
+    skip: tuple[str, ...],
+    json_path: str | None,
+) -> None:
+    """Convert MODEL to the folder TARGET, one tensor in memory at a time."""
+    with _reported(json_path) as output:
+        from .planner import Plan
+
+        if (precision is None) == (plan_path is None):
+            raise click.UsageError("give --precision or --plan")
+        chosen: Any = precision
+        if plan_path is not None:
+            chosen = {e.name: e.format for e in Plan.load(plan_path).entries}
+        data = _convert_to(model, target, chosen, factory, skip, output)
+        output.finish(data)
+
+
+def _convert_to(
+    model: str,
+    target: str,
+    chosen: Any,
+    factory: str | None,
+    skip: tuple[str, ...],
+    output: Output,
+) -> dict[str, Any]:
+    from .checkpoint import convert_checkpoint, save
+    from .convert import convert as convert_model
+
+    source, build = _module_or_path(model, factory)
+    progress = output.console.is_terminal
+    if isinstance(source, Path):
+        data = convert_checkpoint(
+            source, target, chosen, factory=build, skip=skip, progress=progress
+        )
+    else:
+        report = convert_model(source, chosen, skip=skip, progress=progress)
+        save(source, target, progress=progress)
+        data = {"original_bytes": report.original_bytes, "converted_bytes": report.bytes}
+    before, after = data["original_bytes"], data["converted_bytes"]
+    output.console.print(
+        f"{format_size(before)} -> {format_size(after)} in {target}", highlight=False
+    )
+    return {"model": model, "target": str(target), **data}
+
+
+@main.command()
+@click.argument("model")
+@click.argument("target", type=click.Path(file_okay=False))
+@_limit_option
+@_buffer_option
+@_inputs_option
+@_factory_option
+@_skip_option
+@_json_option
+def fit(
+    model: str,
+    target: str,
+    vram_limit: str,
+    vram_buffer: str,
+    inputs: tuple[str, ...],
+    factory: str | None,
+    skip: tuple[str, ...],
+    json_path: str | None,
+) -> None:
+    """Plan MODEL within a limit and write the converted model to the folder TARGET."""
+    with _reported(json_path) as output:
+        source, build = _module_or_path(model, factory)
+        made = _make_plan(
+            source, build, vram_limit, vram_buffer, inputs, skip, output.console.is_terminal
+        )
+        output.console.print(str(made), highlight=False)
+        chosen = {e.name: e.format for e in made.entries}
+        data = _convert_to(model, target, chosen, factory, (), output)
+        made.save(Path(target) / "plan.json")
+        output.finish({**data, "plan": made.to_dict()})
+
+
+if __name__ == "__main__":
+    main()
