@@ -27,6 +27,7 @@ from .sizes import format_size, parse_size
 
 if TYPE_CHECKING:
     from .checkpoint import convert_checkpoint, load, save
+    from .inspection import ModelInfo, describe
     from .estimator import MemoryEstimate, estimate
     from .model_manager import VRAMEfficientModelManager
     from .planner import Plan, fit, plan
@@ -34,12 +35,14 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Loaded at first use, so that `import vramkit` stays fast. The functions estimate and plan share
-# their module's name, hence the call to import_module and the assignment below.
+# Loaded at first use, so that `import vramkit` stays fast. No module may bear the name of one of
+# these functions: importing it would put the module in the function's place.
 _LAZY = {
     "convert_checkpoint": "checkpoint",
     "load": "checkpoint",
     "save": "checkpoint",
+    "ModelInfo": "inspection",
+    "describe": "inspection",
     "MemoryEstimate": "estimator",
     "estimate": "estimator",
     "Plan": "planner",
@@ -71,6 +74,7 @@ __all__ = [
     "Comparison",
     "ConversionReport",
     "MemoryEstimate",
+    "ModelInfo",
     "NonFiniteWeightError",
     "Plan",
     "PrecisionMode",
@@ -84,7 +88,8 @@ __all__ = [
     "compare",
     "convert",
     "convert_checkpoint",
-    "estimator",
+    "describe",
+    "estimate",
     "fit",
     "format_names",
     "format_size",

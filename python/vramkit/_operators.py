@@ -18,7 +18,7 @@ from ._native import _core
 
 _ops = torch.ops.vramkit
 # Rows of x up to which the fused kernel beats decoding a panel (benchmarks/README.md).
-_FUSED_ROWS = 8
+FUSED_ROWS = 8
 # Bytes of one decoded panel: small enough for the shared cache, large enough that few barriers are met.
 _PANEL_BYTES = 4 << 20
 
@@ -76,6 +76,11 @@ def _nest(scales: Tensor) -> tuple[Tensor, Tensor]:
     return codes.reshape(shape), extra
 
 
+def _kernel_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What kernels write where `dtype` is asked for: float64 is float32, widened afterwards."""
+    return torch.float32 if dtype == torch.float64 else dtype
+
+
 def _dequantize(
     codes: Tensor,
     scales: Tensor,
@@ -85,11 +90,11 @@ def _dequantize(
     shape: list[int],
     dtype: torch.dtype,
 ) -> Tensor:
-    out = torch.empty(shape, dtype=dtype, device=codes.device)
+    out = torch.empty(shape, dtype=_kernel_dtype(dtype), device=codes.device)
     if out.numel():
         matrix = _as_matrix(out)
         _ops._dequantize_out(codes, scales, extra, table, spec, *matrix.shape, 0, matrix)
-    return out
+    return out.to(dtype)
 
 
 def _separable(spec: list[int], cols: int) -> bool:
@@ -119,7 +124,7 @@ def _linear(
     out = torch.empty((count, out_features), dtype=x.dtype, device=x.device)
     if not out.numel():
         return out.reshape(*x.shape[:-1], out_features)
-    if _separable(spec, cols) and count <= _FUSED_ROWS:
+    if _separable(spec, cols) and count <= FUSED_ROWS:
         wide = None if bias is None else bias.to(torch.float32)
         _ops._linear_out(matrix, codes, scales, extra, table, wide, spec, out)
         return out.reshape(*x.shape[:-1], out_features)
@@ -173,15 +178,15 @@ def _embedding(
     flat = indices.reshape(-1)
     if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= rows):
         raise IndexError(f"index out of range: this embedding has {rows} rows")
-    out = torch.empty((flat.shape[0], cols), dtype=dtype, device=codes.device)
+    out = torch.empty((flat.shape[0], cols), dtype=_kernel_dtype(dtype), device=codes.device)
     if out.numel():
         if _separable(spec, cols):
             flat = flat.to(torch.int64).contiguous()
             _ops._embedding_out(flat, codes, scales, extra, table, spec, rows, out)
         else:
-            whole = _dequantize(codes, scales, extra, table, spec, shape, dtype)
+            whole = _dequantize(codes, scales, extra, table, spec, shape, out.dtype)
             torch.index_select(whole, 0, flat, out=out)
-    return out.reshape(*indices.shape, cols)
+    return out.to(dtype).reshape(*indices.shape, cols)
 
 
 def workspace_bytes(name: str, args: tuple[Any, ...]) -> int:
@@ -194,7 +199,7 @@ def workspace_bytes(name: str, args: tuple[Any, ...]) -> int:
     x, spec, out_features = args[0], args[6], args[7]
     cols = x.shape[-1]
     count = x.numel() // cols if cols else 0
-    if _separable(spec, cols) and count <= _FUSED_ROWS:
+    if _separable(spec, cols) and count <= FUSED_ROWS:
         bias = args[5]
         return 0 if bias is None or bias.dtype == torch.float32 else 4 * out_features
     dtype = _product_dtype(x)

@@ -6,6 +6,7 @@ import fnmatch
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -95,6 +96,14 @@ class ConversionReport:
             for r in self.layers
         ]
         return table(("layer", "kind", "format", "before", "after"), rows, caption=str(self))
+
+    def plot(self) -> Any:
+        """A matplotlib figure: bytes by layer, before and after, coloured by format."""
+        from .report.plots import plan_figure
+
+        return plan_figure(
+            SimpleNamespace(entries=self.layers, weights_bytes=self.bytes, limit_bytes=None)
+        )
 
 
 @dataclass

@@ -317,7 +317,9 @@ def _timeline_section(estimate: Any, series: Mapping[str, Sequence[tuple[str, in
     )
     if estimate is not None:
         content += f"<p>The weights, {format_size(estimate.weights_bytes)}, come on top.</p>"
-        content += "".join(f"<p>{escape(note)}</p>" for note in getattr(estimate, "notes", ()))
+        content += "".join(
+            f'<p class="lead">{escape(note)}</p>' for note in getattr(estimate, "notes", ())
+        )
     return content
 
 

@@ -44,7 +44,12 @@ def _figure(height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _size_axis(axis: Any) -> None:
+def _size_axis(axis: Any, highest: int) -> None:
+    """Ticks at four to eight multiples of a power of two."""
+    from matplotlib.ticker import MultipleLocator
+
+    step = 2 ** max(0, math.floor(math.log2(max(highest, 1))) - 2)
+    axis.set_major_locator(MultipleLocator(step))
     axis.set_major_formatter(lambda value, _: format_size(round(value)))
 
 
@@ -66,12 +71,11 @@ def plan_figure(plan: Any) -> Figure:
         axes.barh(range(len(rows)), widths, left=left, color=colour.light, label=name)
         left = [start + width for start, width in zip(left, widths, strict=True)]
     _name_rows(axes, [label for label, _ in rows])
-    _size_axis(axes.xaxis)
-    axes.set_title(
-        f"weights {format_size(plan.weights_bytes)}, limit {format_size(plan.limit_bytes)}",
-        loc="left",
-        fontsize=11,
-    )
+    _size_axis(axes.xaxis, max(*before, *left, 1))
+    title = f"weights {format_size(plan.weights_bytes)}"
+    if plan.limit_bytes is not None:
+        title += f", limit {format_size(plan.limit_bytes)}"
+    axes.set_title(title, loc="left", fontsize=11)
     figure.legend(loc="outside lower left", ncols=6, frameon=False, fontsize=9)
     return figure
 
@@ -104,7 +108,7 @@ def estimate_figure(estimate: Any) -> Figure:
         axes.legend(frameon=False, fontsize=9)
         title += f" + call {format_size(highest)} = peak {format_size(estimate.peak_bytes)}"
     axes.set_ylim(bottom=0)
-    _size_axis(axes.yaxis)
+    _size_axis(axes.yaxis, max([highest or 0] + [n for _, n in points]))
     axes.set_ylabel("memory of the call")
     axes.set_title(title, loc="left", fontsize=11)
     return figure

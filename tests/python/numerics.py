@@ -1,0 +1,67 @@
+"""Tolerances of the tests, one place for all of them, each with the reason for its size."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+# Unit roundoff: half the distance from 1 to the next number, 2^-p for a p-bit significand.
+UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+# Half the smallest subnormal: the error of rounding what lies below the normal range.
+TINY = {torch.float32: 2.0**-150, torch.float16: 2.0**-25, torch.bfloat16: 2.0**-134}
+
+
+def gamma(count: float) -> float:
+    """Higham's bound for `count` dependent float32 roundings: count u / (1 - count u)."""
+    return count * UNIT[torch.float32] / (1 - count * UNIT[torch.float32])
+
+
+def accumulation_bound(length: int) -> float:
+    """Error of a float32 sum of `length` products, relative to the sum of their magnitudes.
+
+    The order of additions is the kernel's, or torch's. Any order is within gamma(length); with
+    roundings that are independent the error stays within 6 sqrt(length) u except once in 10^7
+    (Higham and Mary 2019, theorem 2.4: 2 exp(-36 / 2) for each sum). The smaller one holds.
+    """
+    return min(gamma(length + 2), gamma(6 * math.sqrt(length) + 2))
+
+
+def linear_bound(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    *,
+    weight_rounded: bool = False,
+) -> torch.Tensor:
+    """Largest |y - (x W^T + b)| of a Linear in `dtype`, elementwise, for the decoded weight W.
+
+    Terms: the accumulation; the rounding of the weight to `dtype` where the product takes it so
+    (`weight_rounded`); the product and its sum with the bias, rounded to `dtype` once each at most.
+    """
+    x, weight = x.double(), weight.double()
+    magnitude = x.abs() @ weight.abs().t()
+    product = x @ weight.t()
+    total = product if bias is None else product + bias.double()
+    bound = accumulation_bound(x.shape[-1]) * magnitude
+    if weight_rounded:
+        bound = bound + UNIT[dtype] * magnitude
+    if bias is not None or dtype != torch.float32:
+        # The computed product is rounded, so its own error enters the roundings too.
+        bound = bound * (1 + 2 * UNIT[dtype]) + UNIT[dtype] * (product.abs() + total.abs())
+    return bound + 2 * TINY[dtype]
+
+
+def assert_within(actual: torch.Tensor, expected: torch.Tensor, bound: torch.Tensor) -> None:
+    """|actual - expected| <= bound, elementwise; says the worst ratio where it is not."""
+    ratio = ((actual.double() - expected.double()).abs() / bound).nan_to_num(0.0)
+    worst = float(ratio.max()) if ratio.numel() else 0.0
+    assert worst <= 1.0, f"the error reaches {worst:.3g} times its bound"
+
+
+# Two float64 sums of the same at most 10^4 terms in different orders: 2 * 10^4 * 2^-53 = 2e-12 of the
+# sum of magnitudes, which in a sum of squares is the sum itself.
+FLOAT64_SUM = 2e-12
+# A cosine of two vectors of at most 10^3 elements: three such sums, each 10^3 * 2^-53, and roundings.
+FLOAT64_COSINE = 1e-12
