@@ -266,12 +266,13 @@ def match_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
     entry. Raises CheckpointError for tensors that are missing or have another shape.
     """
     prefix = getattr(model, "base_model_prefix", "") or ""
+    renamed, rebuilt = _transformers_names(model, checkpoint)
     places: dict[str, str] = {}
     shared: dict[int, str] = {}
     missing = []
     for name, value in model.state_dict(keep_vars=True).items():
         options = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
-        found = next((option for option in options if option in checkpoint), None)
+        found = next((option for option in options if option in checkpoint), renamed.get(name))
         if found is None:
             missing.append((name, id(value)))
             continue
@@ -289,12 +290,48 @@ def match_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
             places[name] = shared[key]
         else:
             lost.append(name)
+    if lost and rebuilt:
+        raise CheckpointError(
+            f"{checkpoint.path} stores {sorted(rebuilt)[0]!r} and others in a layout that "
+            "transformers rebuilds as it loads. Load it with from_pretrained, then use "
+            "vramkit.convert and vramkit.save; what was saved so loads tensor by tensor"
+        )
     if lost:
         raise CheckpointError(
             f"{checkpoint.path} lacks {lost[0]!r} ({len(lost)} of the model's tensors); it belongs "
             "to another model or another version of its class"
         )
     return places
+
+
+def _transformers_names(
+    model: nn.Module, checkpoint: Checkpoint
+) -> tuple[dict[str, str], set[str]]:
+    """transformers' own renamings: {model's name: checkpoint's}, and what is more than renamed.
+
+    Newer classes split and rename what older checkpoints hold; the rules come with transformers.
+    """
+    if not (hasattr(model, "config") and hasattr(model, "base_model_prefix")):
+        return {}, set()
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+    except ImportError:  # before transformers 5, names in files were those of the classes
+        return {}, set()
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if not isinstance(rule, WeightRenaming)]
+    known = model.state_dict()
+    renamed, rebuilt = {}, set()
+    for name in checkpoint.names():
+        target, converter = rename_source_key(
+            name, renamings, converters, model.base_model_prefix, known
+        )
+        if converter is not None:
+            rebuilt.add(name)
+        elif target != name:
+            renamed[target] = name
+    return renamed, rebuilt
 
 
 @dataclass

@@ -178,7 +178,11 @@ def _layer_bytes(model: nn.Module) -> Iterable[tuple[str, str, int]]:
 
 def trace(skeleton: nn.Module, inputs: Any, found: MemoryEstimate) -> MemoryEstimate:
     """Run `skeleton` (parameters on the meta device) on fake tensors; fills in `found`."""
-    from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+    from torch._subclasses.fake_tensor import (
+        DataDependentOutputException,
+        DynamicOutputShapeException,
+        FakeTensorMode,
+    )
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
     dtype = model_dtype(skeleton)
@@ -200,13 +204,17 @@ def trace(skeleton: nn.Module, inputs: Any, found: MemoryEstimate) -> MemoryEsti
         with fake, torch.no_grad(), ledger:
             out = skeleton(*args, **kwargs)
             del out
-    except (DataDependentOutputException, GuardOnDataDependentSymNode) as error:
-        where = ledger.timeline[-1][0] if ledger.timeline else "its first module"
-        raise ValueError(
-            "this model decides by the values of its tensors (after "
-            f"{where}: {str(error).splitlines()[0]}), so that it cannot be traced by shapes alone. "
-            "Measure one real call instead: vramkit.measure.call(model, inputs)"
-        ) from error
+    except (
+        DataDependentOutputException,
+        DynamicOutputShapeException,
+        GuardOnDataDependentSymNode,
+    ) as error:
+        raise _needs_values(ledger.timeline, error) from error
+    except RuntimeError as error:
+        # What .numpy() says on a fake tensor; there is no type of its own for it.
+        if "not supported for tensor subclasses" not in str(error):
+            raise
+        raise _needs_values(ledger.timeline, error) from error
     finally:
         for handle in handles:
             handle.remove()
@@ -214,6 +222,15 @@ def trace(skeleton: nn.Module, inputs: Any, found: MemoryEstimate) -> MemoryEsti
     found.timeline = ledger.timeline
     found.notes.append("what torch's own operators allocate inside themselves is not counted")
     return found
+
+
+def _needs_values(timeline: list[tuple[str, int]], error: Exception) -> ValueError:
+    where = timeline[-1][0] if timeline else "its first module"
+    return ValueError(
+        "this model decides by the values of its tensors (after "
+        f"{where}: {str(error).splitlines()[0]}), so that it cannot be traced by shapes alone. "
+        "Measure one real call instead: vramkit.measure.call(model, inputs)"
+    )
 
 
 def model_dtype(model: nn.Module) -> torch.dtype:
@@ -228,7 +245,11 @@ def model_dtype(model: nn.Module) -> torch.dtype:
 
 
 def _fake_parameters(skeleton: nn.Module, fake: Any) -> None:
+    """Parameters become fake. Buffers become copies: a forward may ask for values, or change them."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
     made: dict[int, nn.Parameter] = {}
+    copies: dict[int, Tensor] = {}
     with fake:
         for module in skeleton.modules():
             for name, parameter in module._parameters.items():
@@ -241,8 +262,14 @@ def _fake_parameters(skeleton: nn.Module, fake: Any) -> None:
                     made[id(parameter)] = nn.Parameter(shape, requires_grad=False)
                 module._parameters[name] = made[id(parameter)]
             for name, buffer in module._buffers.items():
-                if buffer is not None and buffer.device.type == "meta":
-                    module._buffers[name] = torch.empty_like(buffer, device="cpu")
+                if buffer is None:
+                    continue
+                if id(buffer) not in copies and buffer.device.type == "meta":
+                    copies[id(buffer)] = torch.empty_like(buffer, device="cpu")
+                elif id(buffer) not in copies:
+                    with _disable_current_modes():
+                        copies[id(buffer)] = buffer.detach().clone()
+                module._buffers[name] = copies[id(buffer)]
 
 
 def _fake_input(value: Any, fake: Any) -> Any:

@@ -60,8 +60,9 @@ def assert_within(actual: torch.Tensor, expected: torch.Tensor, bound: torch.Ten
     assert worst <= 1.0, f"the error reaches {worst:.3g} times its bound"
 
 
-# Two float64 sums of the same at most 10^4 terms in different orders: 2 * 10^4 * 2^-53 = 2e-12 of the
-# sum of magnitudes, which in a sum of squares is the sum itself.
+# Two float64 sums of the same at most 10^4 terms in different orders: 2 * 10^4 * 2^-53 = 2e-12 of
+# the sum of magnitudes, which in a sum of squares is the sum itself.
 FLOAT64_SUM = 2e-12
-# A cosine of two vectors of at most 10^3 elements: three such sums, each 10^3 * 2^-53, and roundings.
+# A cosine of two vectors of at most 10^3 elements: three such sums, 10^3 * 2^-53 each, and the
+# roundings of their quotient.
 FLOAT64_COSINE = 1e-12

@@ -1,4 +1,4 @@
-"""compare and record: the figures against plain float64 formulas, and everything that can go wrong."""
+"""compare and record: figures against plain float64 formulas, and all that can go wrong."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+import vramkit
 from numerics import FLOAT64_COSINE, FLOAT64_SUM
 from torch import Tensor, nn
-
-import vramkit
 from vramkit import quality
 from vramkit.errors import CheckpointError
 from vramkit.quality import ErrorSums, default_output
@@ -56,7 +55,9 @@ def expected_metrics(pairs: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
     cosines = []
     for r, y in pairs:
         whole = r.ndim < 2 or r.shape[-1] == 1
-        rows = (r.reshape(1, -1), y.reshape(1, -1)) if whole else (r.flatten(0, -2), y.flatten(0, -2))
+        rows = (
+            (r.reshape(1, -1), y.reshape(1, -1)) if whole else (r.flatten(0, -2), y.flatten(0, -2))
+        )
         for a, b in zip(*(t.double() for t in rows), strict=True):
             cosines.append(float(a @ b / (a.norm() * b.norm())))
     return {
@@ -316,9 +317,7 @@ def test_errors_by_layer() -> None:
     assert found.left_out == []
     with torch.inference_mode():
         # The embedding's output, and the Linear's before the ReLU that overwrites it.
-        stages = [
-            [(reference[:n](b), model[:n](b)) for b in batches] for n in (1, 2)
-        ]
+        stages = [[(reference[:n](b), model[:n](b)) for b in batches] for n in (1, 2)]
     for layer, pairs in zip(found.layers, stages, strict=False):
         expected = expected_metrics(pairs)
         assert layer.relative_l2 == pytest.approx(expected["relative_l2"], rel=FLOAT64_SUM)
@@ -394,7 +393,9 @@ def test_a_layer_called_twice_counts_both_calls() -> None:
             out: Tensor = self.layer(self.layer(x) + self.shift)
             return out
 
-    found = vramkit.compare(Twice(0.0).eval(), Twice(1.0).eval(), [torch.ones(1, 2)], per_layer=True)
+    found = vramkit.compare(
+        Twice(0.0).eval(), Twice(1.0).eval(), [torch.ones(1, 2)], per_layer=True
+    )
     # Outputs 1 1 | 1 1 against 1 1 | 2 2.
     assert found.layers[0].relative_l2 == pytest.approx(math.sqrt(0.5), rel=FLOAT64_SUM)
 

@@ -288,9 +288,12 @@ def quantized_class(base: type[nn.Module]) -> type:
     """The converted subclass of `base`; one for each class."""
     made = _quantized_classes.get(base)
     if made is None:
-        mixin = next(mixin for kind, mixin in _kinds if issubclass(base, kind))
+        kind, mixin = next((kind, mixin) for kind, mixin in _kinds if issubclass(base, kind))
         body = {"_base": base, "__module__": base.__module__, "__qualname__": base.__qualname__}
-        made = type(f"Quantized{base.__name__}", (mixin, base), body)
+        # A subclass with a forward of its own keeps it: its super().forward() reaches ours, and
+        # its self.weight decodes.
+        bases = (mixin,) if base is kind else (base, mixin)
+        made = type(f"Quantized{base.__name__}", bases, body)
         _quantized_classes[base] = made
     return made
 

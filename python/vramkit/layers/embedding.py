@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .base import QuantizedLayer, register_kind
 
 
-class QuantizedEmbedding(QuantizedLayer):
+class QuantizedEmbedding(QuantizedLayer, nn.Embedding):
     """Rows of the weight by index; only the rows asked for are decoded.
 
     indices: any shape, int32 or int64; the result is [*indices.shape, embedding_dim] in the

@@ -9,7 +9,7 @@ from torch.nn import functional
 from .base import QuantizedLayer, autocast_dtype, check_float, register_kind
 
 
-class QuantizedLinear(QuantizedLayer):
+class QuantizedLinear(QuantizedLayer, nn.Linear):
     """y = x W^T + b, with W decoded as it is used.
 
     x: [..., in_features] in float32, bfloat16 or float16; y has x's dtype (autocast's where it is
