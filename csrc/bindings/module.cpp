@@ -58,7 +58,8 @@ void bind_formats(py::module_& m) {
       "builtin_formats",
       [] {
         py::list all;
-        for (const auto& named : builtin_formats()) all.append(py::make_tuple(named.name, named.format));
+        for (const auto& named : builtin_formats())
+          all.append(py::make_tuple(named.name, named.format));
         return all;
       },
       "(name, Format) of every format that is always there.");

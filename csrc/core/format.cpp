@@ -182,7 +182,8 @@ void Format::validate() const {
       break;
   }
   require(grain != Grain::flat || block % 2 == 0, "flat blocks have an even size");
-  require(scale != ScaleType::nested || grain == Grain::flat, "nested scales belong to flat blocks");
+  require(scale != ScaleType::nested || grain == Grain::flat,
+          "nested scales belong to flat blocks");
 }
 
 bool Format::row_separable(std::int64_t cols) const {

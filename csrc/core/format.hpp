@@ -39,10 +39,10 @@ enum class ScaleType : std::int64_t { none = 0, f32 = 1, f16 = 2, nested = 3 };
 
 // How a number becomes a code.
 enum class Encoder : std::int64_t {
-  midpoint = 0,   // number of midpoints between sorted neighbours below x: a tie takes the lower
-  e4m3 = 1,       // to nearest even, saturating
+  midpoint = 0,  // number of midpoints between sorted neighbours below x: a tie takes the lower
+  e4m3 = 1,      // to nearest even, saturating
   e5m2 = 2,
-  fp16 = 3,       // to nearest even
+  fp16 = 3,  // to nearest even
   bf16 = 4,
   symmetric = 5,  // rint(x * (127 / absmax))
   searched = 6,   // zero point and scale that minimize the squared error of the group
@@ -90,8 +90,8 @@ struct NamedFormat {
   Format format;
 };
 
-// The formats that are always there, by name: fp16 bf16 fp8 fp8_e5m2 int8 int4 int4_g64 int4_g32 int4_g16
-// nf4 nf4_dq fp4.
+// The formats that are always there, by name: fp16 bf16 fp8 fp8_e5m2 int8 int4 int4_g64 int4_g32
+// int4_g16 nf4 nf4_dq fp4.
 std::span<const NamedFormat> builtin_formats();
 const Format& builtin_format(const std::string& name);  // throws InvalidArgument
 

@@ -12,16 +12,18 @@ namespace {
 
 namespace ts = torch::stable;
 
-// Elements that one thread should have at least, so that starting it is worth while.
-constexpr std::int64_t kElementsPerTask = 1 << 15;
+// Elements that one thread should have at least, so that waking it is worth while: some 15 us of
+// decoding, which keeps small layers on one thread, and as much of encoding with its searches.
+constexpr std::int64_t kDecodedPerTask = 1 << 17;
+constexpr std::int64_t kEncodedPerTask = 1 << 13;
 
-std::int64_t rows_per_task(std::int64_t cols) {
-  return std::max<std::int64_t>(1, kElementsPerTask / std::max<std::int64_t>(1, cols));
+std::int64_t rows_per_task(std::int64_t cols, std::int64_t elements = kDecodedPerTask) {
+  return std::max<std::int64_t>(1, elements / std::max<std::int64_t>(1, cols));
 }
 
 void check_matrix(const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(tensor.dim() == 2 && (tensor.size(1) <= 1 || tensor.stride(1) == 1), "vramkit: ",
-                  name, " must be 2-D with consecutive elements in a row");
+  STD_TORCH_CHECK(tensor.dim() == 2 && (tensor.size(1) <= 1 || tensor.stride(1) == 1),
+                  "vramkit: ", name, " must be 2-D with consecutive elements in a row");
 }
 
 char* row_pointer(void* base, cpu::DType type, std::int64_t element) {
@@ -49,7 +51,8 @@ void quantize_out(const Tensor& x, std::optional<Tensor> table, std::vector<std:
                        static_cast<std::uint8_t*>(scales.data_ptr()),
                        static_cast<std::uint8_t*>(extra.data_ptr())};
   auto run = [&](const Layout& at, void* data, std::int64_t stride, cpu::Parts parts) {
-    ts::parallel_for(0, at.rows, rows_per_task(at.cols), [&](std::int64_t begin, std::int64_t end) {
+    const std::int64_t grain = rows_per_task(at.cols, kEncodedPerTask);
+    ts::parallel_for(0, at.rows, grain, [&](std::int64_t begin, std::int64_t end) {
       kernels.quantize(format, sorted, at, data, type, stride, parts, begin, end);
     });
   };
@@ -82,8 +85,8 @@ void dequantize_out(const Tensor& codes, const Tensor& scales, std::optional<Ten
                  std::int64_t stride) {
     ts::parallel_for(
         from, to, rows_per_task(piece.at.cols), [&](std::int64_t begin, std::int64_t end) {
-          kernels.dequantize(piece, begin, end,
-                             row_pointer(data, type, (begin - from) * stride), type, stride);
+          kernels.dequantize(piece, begin, end, row_pointer(data, type, (begin - from) * stride),
+                             type, stride);
         });
   };
   auto* data = static_cast<char*>(out.data_ptr());
@@ -112,7 +115,8 @@ void linear_out(const Tensor& x, const Tensor& codes, const Tensor& scales,
   const float* bias_data = float_data(bias);
   const cpu::Kernels& kernels = cpu::active_kernels();
   const cpu::DType type = dtype_of(x);
-  ts::parallel_for(0, rows, rows_per_task(cols), [&](std::int64_t begin, std::int64_t end) {
+  const std::int64_t grain = rows_per_task(cols * std::max<std::int64_t>(1, x.size(0)));
+  ts::parallel_for(0, rows, grain, [&](std::int64_t begin, std::int64_t end) {
     kernels.linear(weight.matrix(), x.data_ptr(), type, x.size(0), x.stride(0), bias_data,
                    out.data_ptr(), out.stride(0), begin, end);
   });
@@ -134,14 +138,13 @@ void embedding_out(const Tensor& indices, const Tensor& codes, const Tensor& sca
   const cpu::Kernels& kernels = cpu::active_kernels();
   const cpu::DType type = dtype_of(out);
   auto* data = static_cast<char*>(out.data_ptr());
-  ts::parallel_for(0, out.size(0), rows_per_task(out.size(1)),
-                   [&](std::int64_t begin, std::int64_t end) {
-                     for (std::int64_t i = begin; i < end; ++i) {
-                       kernels.dequantize(weight.matrix(), index[i], index[i] + 1,
-                                          row_pointer(data, type, i * out.stride(0)), type,
-                                          out.stride(0));
-                     }
-                   });
+  ts::parallel_for(
+      0, out.size(0), rows_per_task(out.size(1)), [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t i = begin; i < end; ++i) {
+          kernels.dequantize(weight.matrix(), index[i], index[i] + 1,
+                             row_pointer(data, type, i * out.stride(0)), type, out.stride(0));
+        }
+      });
 }
 
 Tensor squared_error(const Tensor& x, const Tensor& codes, const Tensor& scales,
@@ -162,19 +165,20 @@ Tensor squared_error(const Tensor& x, const Tensor& codes, const Tensor& scales,
   auto run = [&](const cpu::Weight& piece, std::int64_t first) {
     const std::int64_t width = piece.at.cols;
     std::vector<double> row_error(piece.at.rows), row_power(piece.at.rows);
-    ts::parallel_for(0, piece.at.rows, rows_per_task(width), [&](std::int64_t begin, std::int64_t end) {
-      std::vector<float> decoded(width);
-      for (std::int64_t r = begin; r < end; ++r) {
-        kernels.dequantize(piece, r, r + 1, decoded.data(), cpu::DType::f32, width);
-        const std::int64_t at = first + r * width;
-        for (std::int64_t k = 0; k < width; ++k) {
-          const double w = values[at + k], miss = w - decoded[k];
-          const double importance_k = column_weight ? column_weight[(at + k) % cols] : 1.0;
-          row_error[r] += miss * miss * importance_k;
-          row_power[r] += w * w * importance_k;
-        }
-      }
-    });
+    ts::parallel_for(
+        0, piece.at.rows, rows_per_task(width), [&](std::int64_t begin, std::int64_t end) {
+          std::vector<float> decoded(width);
+          for (std::int64_t r = begin; r < end; ++r) {
+            kernels.dequantize(piece, r, r + 1, decoded.data(), cpu::DType::f32, width);
+            const std::int64_t at = first + r * width;
+            for (std::int64_t k = 0; k < width; ++k) {
+              const double w = values[at + k], miss = w - decoded[k];
+              const double importance_k = column_weight ? column_weight[(at + k) % cols] : 1.0;
+              row_error[r] += miss * miss * importance_k;
+              row_power[r] += w * w * importance_k;
+            }
+          }
+        });
     for (std::int64_t r = 0; r < piece.at.rows; ++r) {
       error += row_error[r];
       power += row_power[r];

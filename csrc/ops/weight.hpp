@@ -23,8 +23,8 @@ cpu::DType dtype_of(const Tensor& tensor);
 
 const float* float_data(const std::optional<Tensor>& tensor);
 
-// One stored weight of [rows, cols]. Flat blocks that cross rows are seen as a matrix of blocks with
-// a short last row of its own: up to two kernel calls instead of one.
+// One stored weight of [rows, cols]. Flat blocks that cross rows are seen as a matrix of blocks
+// with a short last row of its own: up to two kernel calls instead of one.
 class StoredWeight {
  public:
   StoredWeight(const std::vector<std::int64_t>& spec, const Tensor& codes, const Tensor& scales,

@@ -27,6 +27,7 @@ from .convert import (
     Precision,
     Progress,
     candidates,
+    check_names,
     check_weight,
     convert,
     keep_ties,
@@ -413,6 +414,8 @@ def _choose(
     if precision is None:
         return {}
     found, _ = candidates(model, skip)
+    if isinstance(precision, Mapping):
+        check_names(precision, found)
     chosen: dict[str, tuple[Candidate, StorageFormat]] = {}
     for candidate in found:
         wanted = precision.get(candidate.name) if isinstance(precision, Mapping) else precision
@@ -499,13 +502,14 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, progress: bool | P
     specs = [(name, _dtype_name(name, t), list(t.shape)) for name, t in tensors]
     manifest = _manifest(model) | {"aliases": aliases}
     total = sum(t.nbytes for _, t in tensors)
-    (target / MANIFEST).unlink(missing_ok=True)
     with _core.SafetensorsWriter(target / WEIGHTS, specs, {"format": "pt"}) as writer:
         with progress_bar(progress, total, "save") as advance:
             for name, tensor in tensors:
                 plain = tensor.cpu().contiguous()
                 writer.write(name, plain.data_ptr(), plain.nbytes)
                 advance(plain.nbytes, name)
+        # From here on the folder holds no checkpoint, until the new manifest stands.
+        (target / MANIFEST).unlink(missing_ok=True)
         writer.commit()
     config = getattr(model, "config", None)
     if hasattr(config, "to_json_file") and hasattr(config, "architectures"):
@@ -532,6 +536,13 @@ def _dtype_name(name: str, tensor: Tensor) -> str:
     return _NAMES[tensor.dtype]
 
 
+def _dtype_named(name: str) -> torch.dtype:
+    dtype = getattr(torch, name)
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{name!r} is no dtype")
+    return dtype
+
+
 def _read_manifest(folder: Path) -> dict[str, Any]:
     file = folder / MANIFEST
     try:
@@ -544,7 +555,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             name: (
                 get_format(about["format"]),
                 tuple(int(n) for n in about["shape"]),
-                getattr(torch, about["compute_dtype"]),
+                _dtype_named(about["compute_dtype"]),
             )
             for name, about in data["layers"].items()
         }
@@ -576,12 +587,15 @@ def _load_converted(
                 f"{tuple(layer.weight_shape)}"
             )
         layer.compute_dtype = dtype
-    for name in manifest["tied"]:
-        other = model.get_submodule(name)
-        if isinstance(other, QuantizedLayer):
-            source = model.get_submodule(manifest["tied"][name])
-            assert isinstance(source, QuantizedLayer)
-            other.compute_dtype = source.compute_dtype
+    modules = dict(model.named_modules())
+    for name, source_name in manifest["tied"].items():
+        other, source = modules.get(name), modules.get(source_name)
+        if not isinstance(other, QuantizedLayer) or not isinstance(source, QuantizedLayer):
+            raise CheckpointError(
+                f"{folder} belongs to another model: it ties {name!r} to {source_name!r}, "
+                "which are not both converted layers here"
+            )
+        other.compute_dtype = source.compute_dtype
     places = match_names(model, checkpoint)
     with progress_bar(progress, checkpoint.nbytes, "load") as advance:
         done: set[int] = set()
@@ -636,10 +650,10 @@ def convert_checkpoint(
     chosen = _choose(skeleton, precision, skip)
     outputs = _outputs(skeleton, chosen)
     folder = Path(target)
-    if folder.exists() and Path(source).exists() and folder.samefile(source):
-        raise ValueError(f"{folder} is the source itself; write to another folder")
+    into = folder / WEIGHTS if Path(source).is_file() else folder
+    if into.exists() and into.samefile(source):
+        raise ValueError(f"{into} is the source itself; write to another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / MANIFEST).unlink(missing_ok=True)
     structure = _converted_structure(skeleton, precision, skip)
     specs = []
     for output in outputs:
@@ -662,6 +676,7 @@ def convert_checkpoint(
                 written += _write_output(writer, output, tensor)
                 del tensor
                 advance(size, output.name)
+        (folder / MANIFEST).unlink(missing_ok=True)
         writer.commit()
     _copy_side_files(Path(source), folder)
     _write_text(folder / MANIFEST, json.dumps(structure, indent=1) + "\n")

@@ -216,18 +216,23 @@ def check_weight(name: str, weight: Tensor, fmt: StorageFormat) -> None:
         )
 
 
-def _formats_for(
-    found: list[Candidate], precision: Precision | Mapping[str, Precision | None]
-) -> list[tuple[Candidate, StorageFormat]]:
-    if not isinstance(precision, Mapping):
-        fmt = storage_format(precision)
-        return [(c, fmt) for c in found]
+def check_names(precision: Mapping[str, Precision | None], found: list[Candidate]) -> None:
+    """Raise ValueError for a name in `precision` that no layer has."""
     unknown = set(precision) - {c.name for c in found}
     if unknown:
         raise ValueError(
             f"no layer to convert is named {sorted(unknown)[0]!r} (of {len(unknown)} such names); "
             "the names are those of the model's named_modules()"
         )
+
+
+def _formats_for(
+    found: list[Candidate], precision: Precision | Mapping[str, Precision | None]
+) -> list[tuple[Candidate, StorageFormat]]:
+    if not isinstance(precision, Mapping):
+        fmt = storage_format(precision)
+        return [(c, fmt) for c in found]
+    check_names(precision, found)
     chosen = []
     for candidate in found:
         wanted = precision.get(candidate.name)
@@ -240,6 +245,10 @@ def storage_format(precision: Precision) -> StorageFormat:
     """The format that a precision stores weights in; ValueError where it has none."""
     if isinstance(precision, StorageFormat):
         return precision
+    if not isinstance(precision, str):
+        raise TypeError(
+            f"a precision is a name, a PrecisionMode or a StorageFormat, not {precision!r}"
+        )
     if isinstance(precision, PrecisionMode) or precision.strip().lower() in list(PrecisionMode):
         mode = PrecisionMode.parse(precision)
         if mode is PrecisionMode.FP32:

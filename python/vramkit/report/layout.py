@@ -10,10 +10,10 @@ from typing import Any
 
 PLAIN = "plain"
 
-# (on white, on black) by format, in the order of legends: wide formats first. Chosen by a search
-# for the largest least distance in CIELAB, as seen with full colour vision and with each kind of
-# colour blindness (simulated as in Machado et al. 2009). Rows name their formats too, so that no
-# colour is the only sign.
+# (on white, on black) by format, in the order of legends: wide formats first. Found by a search for
+# the largest least distance in CIELAB over full colour vision and three simulated blindnesses
+# (Machado et al. 2009), then changed by hand; the tests hold the common formats to a distance. Rows
+# name their formats too, so that no colour is the only sign.
 _COLOURS = {
     PLAIN: ("#5b6670", "#7d8791"),
     "bf16": ("#1334e5", "#3558ff"),
