@@ -16,6 +16,11 @@ from vramkit.estimator import weight_bytes
 from .quality import SENTENCES
 
 UNIFORM = ("bf16", "int8", "fp8", "nf4", "nf4_dq", "fp4", "int4", "int4_g32")
+# Where each label goes, in points from its square: several lie close together.
+LABELS = {
+    "bf16": (-34, 4), "int8": (8, -4), "fp8": (8, -3), "nf4": (8, -3), "nf4_dq": (-38, -14),
+    "fp4": (8, -3), "int4": (-26, 5), "int4_g32": (8, -4),
+}  # fmt: skip
 SHARES = (0.135, 0.14, 0.15, 0.16, 0.17, 0.18, 0.19, 0.20, 0.22, 0.25, 0.28, 0.32, 0.38, 0.45)
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "frontier.svg"
 
@@ -66,8 +71,12 @@ def _draw(
     axes.scatter(*zip(*[(s * 100, 1 - c) for s, c in uniform.values()], strict=True), s=46,
                  marker="s", color="#d55e00", label="one format for all layers", zorder=3)
     for name, (size, value) in uniform.items():
-        axes.annotate(name, (size * 100, 1 - value), xytext=(7, 3), textcoords="offset points",
-                      fontsize=9)
+        axes.annotate(name, (size * 100, 1 - value), xytext=LABELS[name],
+                      textcoords="offset points", fontsize=9)
+    axes.set_xscale("log")
+    ticks = (13, 15, 20, 25, 30, 40, 50)
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.set_xticks([], minor=True)
     axes.set_yscale("log")
     axes.set_xlabel(f"weights, % of float32 ({total / 1e6:.1f} MB)")
     axes.set_ylabel("1 - least sentence cosine  (lower is better)")
