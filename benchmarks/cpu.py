@@ -11,9 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
-
 import vramkit
+from torch import nn
 
 from .quality import _bitsandbytes_4bit, _quanto
 from .runner import in_turn, read_rate
@@ -36,7 +35,9 @@ def run(options: Any) -> tuple[dict[str, Any], list[str]]:
     plain = [nn.Linear(size, size, bias=False).to(torch.bfloat16) for _ in range(3)]
     found: dict[str, Any] = {}
     print(f"{size} x {size}, bf16 input, {options.threads} threads, weights from memory")
-    print(f"{'format':8}{'rows':>6}{'ours ms':>10}{'limit ms':>10}{'of limit':>10}   peers: ms (ratio)")
+    print(
+        f"{'format':8}{'rows':>6}{'ours ms':>10}{'limit ms':>10}{'of limit':>10}  peers: ms (ratio)"
+    )
     for name, rows in itertools.product(FORMATS, options.rows):
         packed = vramkit.get_format(name).bytes((size, size)).total
         x = torch.randn(rows, size, dtype=torch.bfloat16)
@@ -56,7 +57,10 @@ def run(options: Any) -> tuple[dict[str, Any], list[str]]:
             if peer != "ours"
         )
         ours = times["ours"]
-        print(f"{name:8}{rows:>6}{ours * 1e3:>10.3f}{limit * 1e3:>10.3f}{limit / ours:>10.2f}   {peers}")
+        print(
+            f"{name:8}{rows:>6}{ours * 1e3:>10.3f}{limit * 1e3:>10.3f}"
+            f"{limit / ours:>10.2f}  {peers}"
+        )
         found[f"{name} rows {rows}"] = {
             "seconds": times,
             "limit_seconds": limit,
@@ -87,7 +91,9 @@ def _rotating(
     layers = []
     for i in range(count):
         source = plain[i % len(plain)]
-        copy = nn.Linear(source.in_features, source.out_features, bias=False, dtype=source.weight.dtype)
+        copy = nn.Linear(
+            source.in_features, source.out_features, bias=False, dtype=source.weight.dtype
+        )
         with torch.no_grad():
             copy.weight.copy_(source.weight)
         layers.append(make(nn.Sequential(copy)))

@@ -1,4 +1,4 @@
-"""Bytes against quality on real weights: uniform formats and the planner's mixes; draws the picture.
+"""Bytes against quality on real weights: uniform formats, the planner's mixes, the picture.
 
 The whole of all-MiniLM-L6-v2 is converted, embeddings included; the measure is quality.py's.
 """
@@ -49,7 +49,9 @@ def run(options: Any) -> tuple[dict[str, Any], list[str]]:
         print(f"plan {share:6.3f}: {planned[-1][1]:.5f}")
         for name, (size, value) in uniform.items():
             if size == share and value > planned[-1][1] + 1e-4:
-                missed.append(f"uniform {name} at {size:.3f}: {value:.5f} > planned {planned[-1][1]:.5f}")
+                missed.append(
+                    f"uniform {name} at {size:.3f}: {value:.5f} > planned {planned[-1][1]:.5f}"
+                )
     for name, (size, value) in uniform.items():
         print(f"{name:10} {size:6.3f}: {value:.5f}")
     _draw(planned, uniform, total)
@@ -66,13 +68,29 @@ def _draw(
 
     matplotlib.rcParams["svg.hashsalt"] = "vramkit"  # the same picture for the same figures
     figure, axes = plt.subplots(figsize=(7.5, 4.2))
-    axes.plot(*zip(*[(s * 100, 1 - c) for s, c in planned], strict=True), "-o", ms=4,
-              color="#0072b2", label="vramkit plan (mixed formats)")
-    axes.scatter(*zip(*[(s * 100, 1 - c) for s, c in uniform.values()], strict=True), s=46,
-                 marker="s", color="#d55e00", label="one format for all layers", zorder=3)
+    axes.plot(
+        *zip(*[(s * 100, 1 - c) for s, c in planned], strict=True),
+        "-o",
+        ms=4,
+        color="#0072b2",
+        label="vramkit plan (mixed formats)",
+    )
+    axes.scatter(
+        *zip(*[(s * 100, 1 - c) for s, c in uniform.values()], strict=True),
+        s=46,
+        marker="s",
+        color="#d55e00",
+        label="one format for all layers",
+        zorder=3,
+    )
     for name, (size, value) in uniform.items():
-        axes.annotate(name, (size * 100, 1 - value), xytext=LABELS[name],
-                      textcoords="offset points", fontsize=9)
+        axes.annotate(
+            name,
+            (size * 100, 1 - value),
+            xytext=LABELS[name],
+            textcoords="offset points",
+            fontsize=9,
+        )
     axes.set_xscale("log")
     ticks = (13, 15, 20, 25, 30, 40, 50)
     axes.set_xticks(ticks, [str(tick) for tick in ticks])

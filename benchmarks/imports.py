@@ -23,7 +23,9 @@ def run(options: Any) -> tuple[dict[str, Any], list[str]]:
     """Nine fresh processes; the median counts."""
     times, heavy = [], set()
     for _ in range(9):
-        done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, check=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", SCRIPT], capture_output=True, check=True, text=True
+        )
         took, *modules = done.stdout.split()
         times.append(float(took))
         heavy.update(modules)

@@ -12,9 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
-
 import vramkit
+from torch import nn
 from vramkit.demo import SentenceEmbedder, model_folder, tokenize
 from vramkit.estimator import weight_bytes
 from vramkit.measure import call
@@ -101,19 +100,25 @@ def _budgets(
 ) -> dict[str, Any]:
     total = weight_bytes(reference)
     found: dict[str, Any] = {}
-    print(f"\n{'planned budget':28}{'bytes':>12}{'relative L2':>13}{'least cosine':>14}{'promised':>10}"
-          f"{'peak, estimated/measured':>26}")
+    print(
+        f"\n{'planned budget':28}{'bytes':>12}{'relative L2':>13}{'least cosine':>14}"
+        f"{'promised':>10}"
+        f"{'peak, estimated/measured':>26}"
+    )
     for share, promised in BUDGETS.items():
         plan = vramkit.plan(reference, f"{int(total * share)} B", inputs=batch)
         model = plan.apply(copy.deepcopy(reference))
         row = error_of(model)
         measured = call(model, batch)
-        assert plan.estimate is not None and plan.estimate.peak_bytes is not None
+        assert plan.estimate is not None
+        assert plan.estimate.peak_bytes is not None
         ratio = plan.estimate.peak_bytes / measured.peak_bytes
         exact = plan.weights_bytes == measured.weights_bytes
         label = f"{share:.0%} of fp32"
-        print(f"{label:28}{plan.weights_bytes:>12}{row['relative_l2']:>13.4f}{row['cosine']:>14.5f}"
-              f"{promised:>10}{ratio:>26.4f}")
+        print(
+            f"{label:28}{plan.weights_bytes:>12}{row['relative_l2']:>13.4f}{row['cosine']:>14.5f}"
+            f"{promised:>10}{ratio:>26.4f}"
+        )
         found[label] = row | {
             "weights_bytes": plan.weights_bytes,
             "promised_cosine": promised,

@@ -12,7 +12,6 @@ from statistics import median
 from typing import Any
 
 import torch
-
 import vramkit
 from vramkit import _core
 

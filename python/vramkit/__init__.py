@@ -1,6 +1,6 @@
 """Run PyTorch models in less memory than they ask for, and measure what it cost.
 
->>> model = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.GELU(), torch.nn.Linear(256, 64))
+>>> model = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.GELU())
 >>> vramkit.convert(model, "nf4").coverage_bytes_fraction > 0.99
 True
 """
@@ -27,8 +27,8 @@ from .sizes import format_size, parse_size
 
 if TYPE_CHECKING:
     from .checkpoint import convert_checkpoint, load, save
-    from .inspection import ModelInfo, describe
     from .estimator import MemoryEstimate, estimate
+    from .inspection import ModelInfo, describe
     from .model_manager import VRAMEfficientModelManager
     from .planner import Plan, fit, plan
     from .quality import Comparison, Recording, compare, record

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from . import _native  # noqa: F401  (defines the schemas)
-from .formats import _SCALE, _SCALE_F32, _SCALE_FORMAT, _SCALE_NESTED, StorageFormat
 from ._native import _core
+from .formats import _SCALE, _SCALE_F32, _SCALE_FORMAT, _SCALE_NESTED, StorageFormat
 
 _ops = torch.ops.vramkit
 # Rows of x up to which the fused kernel beats decoding a panel (benchmarks/README.md).
 FUSED_ROWS = 8
-# Bytes of one decoded panel: small enough for the shared cache, large enough that few barriers are met.
+# Bytes of one decoded panel: it fits the shared cache, and few barriers are met.
 _PANEL_BYTES = 4 << 20
 
 
@@ -203,7 +203,9 @@ def workspace_bytes(name: str, args: tuple[Any, ...]) -> int:
         bias = args[5]
         return 0 if bias is None or bias.dtype == torch.float32 else 4 * out_features
     dtype = _product_dtype(x)
-    rows = panel_rows(cols, dtype.itemsize, out_features) if _separable(spec, cols) else out_features
+    rows = (
+        panel_rows(cols, dtype.itemsize, out_features) if _separable(spec, cols) else out_features
+    )
     extra = 0 if dtype == x.dtype else (count * cols + count * rows) * dtype.itemsize
     return rows * cols * dtype.itemsize + extra
 
@@ -271,7 +273,12 @@ class StoredParts:
     __slots__ = ("codes", "extra", "fmt", "scales", "shape")
 
     def __init__(
-        self, fmt: StorageFormat, shape: tuple[int, ...], codes: Tensor, scales: Tensor, extra: Tensor | None
+        self,
+        fmt: StorageFormat,
+        shape: tuple[int, ...],
+        codes: Tensor,
+        scales: Tensor,
+        extra: Tensor | None,
     ) -> None:
         self.fmt, self.shape = fmt, shape
         self.codes, self.scales, self.extra = codes, scales, extra
@@ -279,7 +286,9 @@ class StoredParts:
     @property
     def nbytes(self) -> int:
         """Bytes of all parts."""
-        return sum(part.numel() for part in (self.codes, self.scales, self.extra) if part is not None)
+        return sum(
+            part.numel() for part in (self.codes, self.scales, self.extra) if part is not None
+        )
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The decoded weight."""

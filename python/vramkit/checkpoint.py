@@ -1,8 +1,8 @@
 """Checkpoints: reading, converting by stream, saving and loading.
 
 A saved folder holds `model.safetensors` (the model's own tensor names; a converted layer has
-`<layer>.codes`, `.scales`, `.extra` in place of `.weight`), `vramkit.json` (formats and shapes), and
-transformers' `config.json` where the model has one. docs/checkpoints.md describes both files.
+`<layer>.codes`, `.scales`, `.extra` in place of `.weight`), `vramkit.json` (formats and shapes),
+and transformers' `config.json` where the model has one. docs/checkpoints.md describes both files.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class _FreedMemory:
     Other C libraries have neither habit, nor this function.
     """
 
-    _EVERY = 32 << 20
+    EVERY = 32 << 20
 
     def __init__(self) -> None:
         self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -88,7 +88,7 @@ class _FreedMemory:
     def count(self, nbytes: int) -> None:
         """Note that `nbytes` bytes of temporary tensors have been freed."""
         self._pending += nbytes
-        if self._pending >= self._EVERY and self._trim is not None:
+        if self._pending >= self.EVERY and self._trim is not None:
             self._trim(ctypes.c_size_t(0))
             self._pending = 0
 
@@ -179,8 +179,9 @@ class Checkpoint:
         """The torch dtype of a tensor; CheckpointError where torch has none."""
         info = self.info(name)
         if info.dtype not in _DTYPES:
-            raise CheckpointError(f"{self.path}: tensor {name!r} has dtype {info.dtype}, "
-                                  "which torch has no type for")
+            raise CheckpointError(
+                f"{self.path}: tensor {name!r} has dtype {info.dtype}, which torch has no type for"
+            )
         return _DTYPES[info.dtype]
 
     def meta(self, name: str) -> Tensor:
@@ -215,7 +216,7 @@ def _parameters_on_meta() -> Iterator[None]:
                 param = nn.Parameter(shape, requires_grad=param.requires_grad)
             plain(module, name, param)
 
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
         try:
             yield
         finally:
@@ -342,14 +343,15 @@ def _transformers_names(
         from transformers.core_model_loading import WeightRenaming, rename_source_key
     except ImportError:  # before transformers 5, names in files were those of the classes
         return {}, set()
-    rules = get_model_conversion_mapping(model)
+    model_: Any = model
+    rules = get_model_conversion_mapping(model_)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if not isinstance(rule, WeightRenaming)]
+    converters: list[Any] = [rule for rule in rules if not isinstance(rule, WeightRenaming)]
     known = model.state_dict()
     renamed, rebuilt = {}, set()
     for name in checkpoint.names():
         target, converter = rename_source_key(
-            name, renamings, converters, model.base_model_prefix, known
+            name, renamings, converters, model_.base_model_prefix, known
         )
         if converter is not None:
             rebuilt.add(name)
@@ -397,7 +399,9 @@ def load(
     folder = Path(path)
     if (folder / MANIFEST).is_file():
         if precision is not None or vram_limit is not None:
-            raise ValueError(f"{folder} is converted already; load it as it is, or convert its source")
+            raise ValueError(
+                f"{folder} is converted already; load it as it is, or convert its source"
+            )
         return _load_converted(folder, factory, progress)
     if vram_limit is not None:
         made = plan_checkpoint(path, vram_limit, factory=factory, skip=skip, progress=progress)
@@ -466,8 +470,11 @@ def plan_checkpoint(
     checkpoint = Checkpoint(path)
     places = match_names(model, checkpoint)
 
+    freed = _FreedMemory()
+
     def read(candidate: Candidate) -> Tensor:
         name = f"{candidate.name}.weight" if candidate.name else "weight"
+        freed.count(freed.EVERY)  # the weight before this one, and its form in each format
         return checkpoint.read(places[name])
 
     return plan(model, vram_limit, read_weight=read, **options)
@@ -506,7 +513,9 @@ def _manifest(model: nn.Module) -> dict[str, Any]:
     return {"schema": SCHEMA, "layers": layers, "tied": tied, "formats": formats}
 
 
-def save(model: nn.Module, folder: str | os.PathLike[str], *, progress: bool | Progress = False) -> Path:
+def save(
+    model: nn.Module, folder: str | os.PathLike[str], *, progress: bool | Progress = False
+) -> Path:
     """Write `model` to `folder`; `load` gives it back bit for bit.
 
     The folder is made if needed. Each file is written beside its name and renamed, the weights
@@ -536,7 +545,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, progress: bool | P
         # From here on the folder holds no checkpoint, until the new manifest stands.
         (target / MANIFEST).unlink(missing_ok=True)
         writer.commit()
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if hasattr(config, "to_json_file") and hasattr(config, "architectures"):
         if not config.architectures:
             base = getattr(type(model), "_base", type(model))
@@ -683,8 +692,9 @@ def convert_checkpoint(
     specs = []
     for output in outputs:
         if output.fmt is None:
-            specs.append((output.name, checkpoint.info(places[output.name]).dtype,
-                          list(output.tensor.shape)))
+            specs.append(
+                (output.name, checkpoint.info(places[output.name]).dtype, list(output.tensor.shape))
+            )
         else:
             parts = encode(output.tensor, output.fmt)  # on meta: shapes only
             specs += [
@@ -765,6 +775,8 @@ def _copy_side_files(source: Path, target: Path) -> None:
     if not source.is_dir():
         return
     for file in source.iterdir():
-        small = file.suffix in (".json", ".txt", ".model", ".md", ".jinja") or file.name == "LICENSE"
+        small = (
+            file.suffix in (".json", ".txt", ".model", ".md", ".jinja") or file.name == "LICENSE"
+        )
         if file.is_file() and small and file.name not in (INDEX, MANIFEST):
             shutil.copyfile(file, target / file.name)

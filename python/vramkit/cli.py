@@ -1,7 +1,7 @@
 """The command line: `vramkit demo | doctor | estimate | plan | convert | fit`.
 
-Exit codes: 0 done; 1 an error that the text explains; 2 wrong usage; 3 a memory limit that cannot be
-met (the text, and `needed_bytes` in the JSON, say the smallest that would do).
+Exit codes: 0 done; 1 an error that the text explains; 2 wrong usage; 3 a memory limit that
+cannot be met (the text, and `needed_bytes` in the JSON, say the smallest that would do).
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ def parse_inputs(texts: tuple[str, ...]) -> Any:
     for text in texts:
         match = re.fullmatch(r"(?:(\w+)=)?(\d+(?:x\d+)*)(?::(\w+))?", text)
         if match is None:
-            raise ValueError(f"cannot read the input {text!r}; write NAME=2x128 or NAME=2x128:int64")
+            raise ValueError(
+                f"cannot read the input {text!r}; write NAME=2x128 or NAME=2x128:int64"
+            )
         name, shape_text, dtype = match.groups()
         shape: Any = tuple(int(n) for n in shape_text.split("x"))
         value = (dtype, shape) if dtype else shape
@@ -272,8 +274,10 @@ def estimate(
         from .estimator import estimate as predict
 
         source, build = _module_or_path(model, factory)
-        skeleton = source if build is None and not isinstance(source, Path) else build_skeleton(
-            source, build
+        skeleton = (
+            source
+            if build is None and not isinstance(source, Path)
+            else build_skeleton(source, build)
         )
         table = Table()
         for column in ("precision", "weights", "activations", "peak"):
@@ -368,7 +372,9 @@ def _print_plan(console: Console, made: Any) -> None:
 @click.argument("model")
 @click.argument("target", type=click.Path(file_okay=False))
 @click.option("--precision", help="The precision of every layer that can be converted.")
-@click.option("--plan", "plan_path", type=click.Path(exists=True), help="A plan from `plan --save`.")
+@click.option(
+    "--plan", "plan_path", type=click.Path(exists=True), help="A plan from `plan --save`."
+)
 @_factory_option
 @_skip_option
 @_json_option

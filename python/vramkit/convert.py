@@ -440,7 +440,8 @@ def set_weight(layer: nn.Module, tensor: Tensor) -> None:
 
     Raises ValueError for another shape, NonFiniteWeightError for what the format cannot hold.
     """
-    shape = tuple(layer.weight.shape)
+    weight: Any = layer.weight
+    shape = tuple(weight.shape)
     if tuple(tensor.shape) != shape:
         raise ValueError(f"expected a weight of shape {shape}, got {tuple(tensor.shape)}")
     if isinstance(layer, QuantizedLayer):

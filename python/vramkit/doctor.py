@@ -93,7 +93,7 @@ def available_memory() -> int | None:
 def _rate(nbytes: int, work: Any, seconds: float = 0.15) -> float:
     """Median bytes per second of `work`, repeated for about `seconds`."""
     work()
-    times = []
+    times: list[float] = []
     end = time.perf_counter() + seconds
     while len(times) < 3 or time.perf_counter() < end:
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The exceptions that vramkit raises, all of them also of the built-in type a caller would expect."""
+"""The exceptions that vramkit raises, each also of the built-in type that a caller expects."""
 
 from __future__ import annotations
 

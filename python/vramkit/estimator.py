@@ -245,7 +245,7 @@ def model_dtype(model: nn.Module) -> torch.dtype:
 
 
 def _fake_parameters(skeleton: nn.Module, fake: Any) -> None:
-    """Parameters become fake. Buffers become copies: a forward may ask for values, or change them."""
+    """Parameters become fake. Buffers become copies: a forward may read or change values."""
     from torch.utils._python_dispatch import _disable_current_modes
 
     made: dict[int, nn.Parameter] = {}

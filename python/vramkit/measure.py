@@ -84,7 +84,8 @@ def _profiled_peak(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     ):
         out = model(*args, **kwargs)
         del out
-    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    assert profiler.profiler is not None
+    assert profiler.profiler.kineto_results is not None
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     live = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):

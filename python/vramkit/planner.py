@@ -33,7 +33,18 @@ from .sizes import format_size, parse_size
 
 SCHEMA = "vramkit.plan/1"
 # What a plan chooses from by default, besides leaving a layer as it is.
-DEFAULT_FORMATS = ("bf16", "fp16", "int8", "fp8", "int4_g16", "int4_g32", "int4_g64", "int4", "nf4", "nf4_dq")
+DEFAULT_FORMATS = (
+    "bf16",
+    "fp16",
+    "int8",
+    "fp8",
+    "int4_g16",
+    "int4_g32",
+    "int4_g64",
+    "int4",
+    "nf4",
+    "nf4_dq",
+)
 
 
 @dataclass(frozen=True)
@@ -102,14 +113,16 @@ class Plan:
                     f"squared error {entry.error:.3g} of a total of "
                     f"{sum(e.error for e in self.entries):.3g}. Within "
                     f"{format_size(self.limit_bytes - self.buffer_bytes)}, "
-                    + ("no other choice" if self.optimal else f"no choice known (gap {self.gap:.2g})")
+                    + (
+                        "no other choice"
+                        if self.optimal
+                        else f"no choice known (gap {self.gap:.2g})"
+                    )
                     + " for all layers together has a smaller sum of errors."
                 )
         raise KeyError(f"the plan has no layer {name!r}")
 
-    def apply(
-        self, model: nn.Module, *, progress: bool | Progress = False
-    ) -> nn.Module:
+    def apply(self, model: nn.Module, *, progress: bool | Progress = False) -> nn.Module:
         """Convert `model` in place as planned, and return it.
 
         Raises ValueError if the plan was made for a model with other layers or shapes.
@@ -203,8 +216,10 @@ class Plan:
         ]
         for name, (layers, size) in sorted(self.counts().items(), key=lambda item: -item[1][1]):
             lines.append(f"  {name:10} {layers:4} layers  {format_size(size):>10}")
-        lines.append(f"  {'fixed':10} {'':4}         {format_size(self.fixed_bytes):>10}  "
-                     "(norms, biases, buffers)")
+        lines.append(
+            f"  {'fixed':10} {'':4}         {format_size(self.fixed_bytes):>10}  "
+            "(norms, biases, buffers)"
+        )
         if self.bound == "weights":
             lines.append("the limit bounds the weights; the call's own memory comes on top")
         if self.estimate is not None and self.estimate.peak_bytes is not None:
@@ -294,6 +309,7 @@ def plan(
             weight = read_weight(candidate) if read_weight else candidate.weight
             check_weight(candidate.name, weight, storage_format("bf16"))
             group, names = _choices(candidate, weight, chosen, advance)
+            del weight  # before the next one is read
             groups.append(group)
             options.append(names)
     budget = limit - buffer - fixed - activations

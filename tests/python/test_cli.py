@@ -18,14 +18,14 @@ import vramkit
 from vramkit.cli import EXIT_BUDGET, EXIT_ERROR, main, parse_inputs
 from vramkit.demo import SENTENCES
 
-FACTORY = '''
+FACTORY = """
 import torch
 from torch import nn
 
 def build():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(96, 128), nn.ReLU(), nn.Linear(128, 64))
-'''
+"""
 
 
 @pytest.fixture

@@ -76,13 +76,13 @@ class LazyWeight(Tensor):
                 requires_grad=False,
             )
             made._is_param = True  # isinstance(weight, nn.Parameter) holds
-            made._is_hf_initialized = True  # transformers leaves it alone
+            made._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers leaves it alone
         made._owner, made._copy = owner, copy
         return made
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"LazyWeight({tuple(self.shape)}, {self.dtype}, {self._owner.storage_format.name})"
 
     def _decoded(self) -> Tensor:
@@ -126,7 +126,7 @@ class LazyWeight(Tensor):
         return self._decoded().__reduce_ex__(protocol)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run `func` on the decoded weight, or refuse if it writes."""
@@ -162,11 +162,12 @@ class LazyWeight(Tensor):
 
 def _written(cls: type, func: Any, args: Any, kwargs: dict[str, Any]) -> list[LazyWeight]:
     """The lazy weights that `func` writes to, by its schema."""
-    found = []
+    found: list[LazyWeight] = []
     for position, argument in enumerate(func._schema.arguments):
         value = args[position] if position < len(args) else kwargs.get(argument.name)
         if argument.alias_info is not None and argument.alias_info.is_write:
-            found += [v for v in torch.utils._pytree.tree_leaves(value) if isinstance(v, cls)]
+            leaves: list[Any] = torch.utils._pytree.tree_leaves(value)
+            found += [v for v in leaves if isinstance(v, cls)]
     return found
 
 
@@ -299,8 +300,9 @@ def quantized_class(base: type[nn.Module]) -> type:
 
 
 def _rebuild(base: type[nn.Module]) -> nn.Module:
-    made: nn.Module = quantized_class(base).__new__(quantized_class(base))
-    return made
+    made: Any = quantized_class(base)
+    empty: nn.Module = made.__new__(made)
+    return empty
 
 
 def swap(

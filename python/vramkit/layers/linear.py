@@ -18,7 +18,7 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
 
     in_features: int
     out_features: int
-    bias: Tensor | None
+    bias: nn.Parameter | None  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output, [..., out_features]."""
