@@ -340,7 +340,7 @@ class TestCheckpoints:
         model = build()
         vramkit.convert(model, "nf4")
         vramkit.save(model, checkpoint.parent / "saved")
-        with pytest.raises(CheckpointError, match="another model|shape|lacks"):
+        with pytest.raises(CheckpointError, match=r"another model|shape|lacks"):
             vramkit.load(checkpoint.parent / "saved", factory=other)
 
     def test_wrong_shape(self, checkpoint: Path) -> None:
@@ -502,7 +502,7 @@ except OSError as error:
         assert leftovers(tmp_path / "out") == []
 
     def test_full_disk(self, tmp_path: Path) -> None:
-        """ENOSPC itself, on a small file system of memory, wherever the system lets us mount one."""
+        """ENOSPC itself, on a small file system in memory, where the system lets us mount one."""
         disk = tmp_path / "disk"
         disk.mkdir()
         script = f"""

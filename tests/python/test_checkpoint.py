@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 import vramkit
 from torch import Tensor, nn
-from vramkit import CheckpointError, QuantizedLayer, _core
+from vramkit import QuantizedLayer, _core
 from vramkit.checkpoint import Checkpoint
 from vramkit.estimator import weight_bytes
 
@@ -78,7 +78,10 @@ def test_round_trip(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = Net().to(dtype).eval()
     vramkit.convert(model, name)
     assert vramkit.save(model, tmp_path / "a") == tmp_path / "a"
-    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["model.safetensors", "vramkit.json"]
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [
+        "model.safetensors",
+        "vramkit.json",
+    ]
     loaded = vramkit.load(tmp_path / "a", factory=Net)
     assert_equal_models(model, loaded)
     assert not loaded.training

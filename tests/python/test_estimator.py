@@ -38,7 +38,9 @@ def llama() -> tuple[nn.Module, Any]:
 
 def encoder() -> tuple[nn.Module, Any]:
     layer = nn.TransformerEncoderLayer(128, 4, 512, batch_first=True, norm_first=True)
-    return nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).train(False), torch.randn(4, 64, 128)
+    return nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).train(False), torch.randn(
+        4, 64, 128
+    )
 
 
 def tied() -> tuple[nn.Module, Any]:
@@ -124,7 +126,7 @@ def test_bad_inputs() -> None:
         vramkit.estimate(model, None, "64x256")
     with pytest.raises(ValueError, match="negative"):
         vramkit.estimate(model, None, (-1, 256))
-    with pytest.raises(ValueError, match="unknown|no storage format"):
+    with pytest.raises(ValueError, match=r"unknown|no storage format"):
         vramkit.estimate(model, "nf3")
 
 
@@ -162,7 +164,7 @@ def test_decisions_by_value(decide: Callable[[Tensor], Any]) -> None:
 
 def test_errors_of_the_model_itself_pass_through() -> None:
     model, _ = mlp()
-    with pytest.raises(RuntimeError, match="255|256"):
+    with pytest.raises(RuntimeError, match=r"255|256"):
         vramkit.estimate(model, None, (4, 255))
 
 

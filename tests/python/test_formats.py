@@ -133,8 +133,9 @@ class TestBitsandbytes:
         between = (low[:, None] <= bounds) & (bounds <= high[:, None])
         assert bool(between.any(-1).all())
         expected = torch.bucketize(product, bounds)
-        assert torch.equal(table[expected], torch.tensor(
-            vramkit.get_format(name).native.table)[mine[differs]])
+        assert torch.equal(
+            table[expected], torch.tensor(vramkit.get_format(name).native.table)[mine[differs]]
+        )
 
     @pytest.mark.parametrize("name", ["nf4", "fp4"])
     def test_table(self, name: str) -> None:
@@ -162,7 +163,7 @@ class TestBitsandbytes:
     @pytest.mark.parametrize("shape", [(64, 128), (300, 384), (33, 100), (256, 65)], ids=str)
     def test_double_quantization(self, shape: tuple[int, ...]) -> None:
         x = torch.randn(shape)
-        packed, state = bnb.quantize_4bit(x, quant_type="nf4", compress_statistics=True)
+        _, state = bnb.quantize_4bit(x, quant_type="nf4", compress_statistics=True)
         fmt = vramkit.get_format("nf4_dq")
         ours = encode(x, fmt)
         assert ours.extra is not None
@@ -192,9 +193,7 @@ class TestBitsandbytes:
     def test_errors_are_no_larger(self) -> None:
         x = torch.randn(300, 384)
         for name, nested in (("nf4", False), ("nf4_dq", True), ("fp4", False)):
-            packed, state = bnb.quantize_4bit(
-                x, quant_type=name[:3], compress_statistics=nested
-            )
+            packed, state = bnb.quantize_4bit(x, quant_type=name[:3], compress_statistics=nested)
             theirs = (bnb.dequantize_4bit(packed, state) - x).norm()
             ours = (encode(x, vramkit.get_format(name)).dense(torch.float32) - x).norm()
             assert ours <= theirs * (1 + 1e-5)  # the nested codes nearer, the rest equal
@@ -215,7 +214,9 @@ def test_fp8_is_torchs_cast(
     absmax = matrix.abs().amax(-1)
     smallest = torch.finfo(torch.float32).tiny
     # A number divided by a tensor is a product with the reciprocal in torch: two roundings.
-    factor = (torch.full_like(absmax, most) / absmax.clamp(min=smallest)).clamp(max=torch.finfo(torch.float32).max)
+    factor = (torch.full_like(absmax, most) / absmax.clamp(min=smallest)).clamp(
+        max=torch.finfo(torch.float32).max
+    )
     in_range = (matrix * factor[:, None]).clamp(-most, most)
     assert torch.equal(f32(ours.scales), absmax / most)
     assert torch.equal(ours.codes.reshape(matrix.shape), in_range.to(target).view(torch.uint8))
@@ -231,7 +232,9 @@ def test_int8_formula(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     matrix = x.float().reshape(shape[0] if len(shape) > 1 else 1, -1)
     absmax = matrix.abs().amax(-1)
     smallest = torch.finfo(torch.float32).tiny
-    factor = (torch.full_like(absmax, 127) / absmax.clamp(min=smallest)).clamp(max=torch.finfo(torch.float32).max)
+    factor = (torch.full_like(absmax, 127) / absmax.clamp(min=smallest)).clamp(
+        max=torch.finfo(torch.float32).max
+    )
     codes = (matrix * factor[:, None]).round().clamp(-127, 127)  # round: half to even
     assert torch.equal(f32(ours.scales), absmax / 127)
     assert torch.equal(ours.codes.reshape(matrix.shape).view(torch.int8).float(), codes)
@@ -274,7 +277,7 @@ class TestInt4:
     @pytest.mark.parametrize("offset", [0.0, 0.5, -3.0, 20.0])
     @pytest.mark.parametrize(("name", "group"), INT4)
     def test_no_worse_than_min_max(self, name: str, group: int, offset: float) -> None:
-        """The search begins at the range from min to max, zero included, and only improves on it."""
+        """The search begins at the range from min to max, zero included, and improves on it."""
         x = torch.randn(64, 256) * 0.02 + offset * 0.02
         x[::7, ::31] *= 8  # outliers, where clipping pays
         grouped = x.reshape(64, -1, group)
@@ -451,8 +454,9 @@ class TestRegisterFormat:
         assert report.bytes == size
         vramkit.save(model, f"{tmp_path}/a")
         expected = model(x)
-        loaded = vramkit.load(f"{tmp_path}/a", factory=lambda: nn.Sequential(
-            nn.Linear(64, 48), nn.Linear(48, 64)))
+        loaded = vramkit.load(
+            f"{tmp_path}/a", factory=lambda: nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 64))
+        )
         assert torch.equal(loaded(x), expected)
         torch.save(x, f"{tmp_path}/x.pt")
         # A process that never heard of the format finds its table in the checkpoint.
@@ -521,7 +525,20 @@ def test_precision_parse_refuses(text: object) -> None:
 
 def test_precision_names() -> None:
     assert [m.value for m in vramkit.PrecisionMode] == (
-        "fp32 fp16 bf16 fp8 fp8_e5m2 int8 int8_dynamic llm_int8 int4 nf4 nf4_dq fp4".split()
+        [
+            "fp32",
+            "fp16",
+            "bf16",
+            "fp8",
+            "fp8_e5m2",
+            "int8",
+            "int8_dynamic",
+            "llm_int8",
+            "int4",
+            "nf4",
+            "nf4_dq",
+            "fp4",
+        ]
     )
     assert vramkit.PrecisionMode.FP32.format_name is None
     assert str(vramkit.PrecisionMode.INT8) == vramkit.PrecisionMode.INT8 == "int8"

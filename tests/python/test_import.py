@@ -31,8 +31,6 @@ print(json.dumps({"seconds": seconds, "new": sorted(set(sys.modules) - before),
 """
 
 
-
-
 def test_import_is_light(run_python: RunPython) -> None:
     runs = [json.loads(run_python(SCRIPT).stdout) for _ in range(5)]
     for run in runs:

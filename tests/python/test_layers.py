@@ -19,7 +19,9 @@ from vramkit.layers import LazyWeight, QuantizedEmbedding, QuantizedLinear
 BUILTIN = [name for name, _ in _core.builtin_formats()]
 
 
-def converted(name: str = "nf4", rows: int = 48, cols: int = 64, bias: bool = True) -> QuantizedLinear:
+def converted(
+    name: str = "nf4", rows: int = 48, cols: int = 64, bias: bool = True
+) -> QuantizedLinear:
     model = nn.Sequential(nn.Linear(cols, rows, bias=bias))
     vramkit.convert(model, name)
     layer = model[0]
@@ -69,7 +71,7 @@ class TestIdentity:
 
     def test_parameters_are_frozen_bytes(self) -> None:
         layer = converted("int4")
-        names = {n: p for n, p in layer.named_parameters()}
+        names = dict(layer.named_parameters())
         assert set(names) == {"codes", "scales", "extra", "bias"}
         for name in ("codes", "scales", "extra"):
             assert names[name].dtype == torch.uint8
@@ -285,7 +287,7 @@ class TestLazyWeight:
         layer = converted("nf4")
         before = stored_state(layer)
         assert callable(write)
-        with pytest.raises(ReadOnlyWeightError, match="vramkit.set_weight"), torch.no_grad():
+        with pytest.raises(ReadOnlyWeightError, match=r"vramkit\.set_weight"), torch.no_grad():
             write(layer.weight, torch.randn(48, 64))
         assert_same_state(layer, before)
 
@@ -333,11 +335,17 @@ class TestLazyWeight:
 
     def test_writable_nests_and_survives_errors(self) -> None:
         layer = converted("int8")
-        with pytest.raises(KeyError), vramkit.writable():
+
+        def write_and_fail() -> None:
             with vramkit.writable():
-                pass
-            layer.weight.data = torch.zeros(48, 64)
-            raise KeyError
+                with vramkit.writable():
+                    pass
+                layer.weight.data = torch.zeros(48, 64)
+                raise KeyError
+
+        with pytest.raises(KeyError):
+            write_and_fail()
+        assert torch.equal(layer.dense_weight(), torch.zeros(48, 64))
         with pytest.raises(ReadOnlyWeightError):
             layer.weight.data = torch.ones(48, 64)
 
@@ -488,9 +496,7 @@ class TestTraining:
         down, up = nn.Linear(64, 4, bias=False), nn.Linear(4, 32, bias=False)
         x, target = torch.randn(64, 64), torch.randn(64, 32)
         before = stored_state(layer)
-        optimizer = torch.optim.Adam(
-            [layer.bias, *down.parameters(), *up.parameters()], lr=1e-2
-        )
+        optimizer = torch.optim.Adam([layer.bias, *down.parameters(), *up.parameters()], lr=1e-2)
         losses = []
         for _ in range(30):
             optimizer.zero_grad()

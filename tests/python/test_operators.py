@@ -203,7 +203,7 @@ class TestGradients:
         assert x.grad is not None
         predicted = (x.grad.double() * step.double()).sum()
         dense = w.dense(torch.float32)
-        size = (grad.double().abs() * ((x.abs() + step.abs()).double() @ dense.double().abs().t()))
+        size = grad.double().abs() * ((x.abs() + step.abs()).double() @ dense.double().abs().t())
         assert abs(float(rise - predicted)) <= 4 * gamma(cols + 8) * float(size.sum().detach())
 
 
@@ -248,16 +248,14 @@ class TestEmbedding:
         indices = torch.randint(rows, (3, 5))
         for dtype in DTYPES:
             for kind in (torch.int64, torch.int32):
-                got = ops.embedding(
-                    indices.to(kind), *parts_of(w), w.fmt.spec, [rows, cols], dtype
-                )
+                got = ops.embedding(indices.to(kind), *parts_of(w), w.fmt.spec, [rows, cols], dtype)
                 assert torch.equal(got, w.dense(dtype)[indices])
 
     def test_indices_out_of_range(self, name: str, rows: int, cols: int) -> None:
         w = stored(name, rows, cols)
         for bad in (-1, rows):
+            args = (*parts_of(w), w.fmt.spec, [rows, cols], torch.float32)
             with pytest.raises(IndexError, match=f"{rows} rows"):
-                args = (*parts_of(w), w.fmt.spec, [rows, cols], torch.float32)
                 ops.embedding(torch.tensor([0, bad]), *args)
 
     def test_no_indices(self, name: str, rows: int, cols: int) -> None:
@@ -361,8 +359,8 @@ class TestChecks:
 
     def test_scales_of_another_dtype(self) -> None:
         w = stored("nf4", 8, 64)
+        args = (w.codes, w.scales.view(torch.float32), None, w.fmt.table_on(w.codes.device))
         with pytest.raises(RuntimeError, match="uint8"):
-            args = (w.codes, w.scales.view(torch.float32), None, w.fmt.table_on(w.codes.device))
             ops.dequantize(*args, w.fmt.spec, [8, 64], torch.float32)
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.int32])

@@ -19,7 +19,11 @@ from vramkit.planner import DEFAULT_FORMATS, weight_error
 
 def small_model() -> nn.Sequential:
     model = nn.Sequential(
-        nn.Embedding(40, 64), nn.Linear(64, 96), nn.LayerNorm(96), nn.Linear(96, 33), nn.Linear(33, 7)
+        nn.Embedding(40, 64),
+        nn.Linear(64, 96),
+        nn.LayerNorm(96),
+        nn.Linear(96, 33),
+        nn.Linear(33, 7),
     )
     with torch.no_grad():
         model[1].weight[0, 0] = 3.0  # outliers make layers differ
@@ -49,7 +53,7 @@ def choices(model: nn.Sequential, formats: tuple[str, ...]) -> list[list[tuple[i
 def test_no_combination_is_better(fraction: float) -> None:
     """All 9^4 combinations, sized and measured independently."""
     model = small_model()
-    formats = DEFAULT_FORMATS[:4] + ("int4_g32", "int4", "nf4", "nf4_dq")
+    formats = ("bf16", "fp16", "int8", "fp8", "int4_g32", "int4", "nf4", "nf4_dq")
     groups = choices(model, formats)
     fixed = weight_bytes(model) - sum(g[0][0] for g in groups)
     limit = int(weight_bytes(model) * fraction)
@@ -170,7 +174,9 @@ def test_formats_that_cannot_hold_a_weight_are_not_offered() -> None:
 class TestFiles:
     def test_round_trip(self, tmp_path: Path) -> None:
         model = small_model()
-        made = vramkit.plan(model, f"{int(weight_bytes(model) * 0.3)} B", inputs=torch.tensor([[1]]))
+        made = vramkit.plan(
+            model, f"{int(weight_bytes(model) * 0.3)} B", inputs=torch.tensor([[1]])
+        )
         made.save(tmp_path / "plan.json")
         assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
         loaded = Plan.load(tmp_path / "plan.json")
@@ -191,7 +197,14 @@ class TestFiles:
 
     @pytest.mark.parametrize(
         "text",
-        ["", "[]", "{}", '{"schema": "vramkit.plan/99"}', '{"schema": "vramkit.plan/1"}', "\xff\xfe"],
+        [
+            "",
+            "[]",
+            "{}",
+            '{"schema": "vramkit.plan/99"}',
+            '{"schema": "vramkit.plan/1"}',
+            "\xff\xfe",
+        ],
     )
     def test_no_plan(self, tmp_path: Path, text: str) -> None:
         (tmp_path / "plan.json").write_bytes(text.encode("latin-1"))
@@ -217,9 +230,7 @@ class TestFiles:
 
 def test_as_text_data_and_pictures() -> None:
     model = small_model()
-    made = vramkit.plan(
-        model, f"{int(weight_bytes(model) * 0.3)} B", inputs=torch.tensor([[1, 2]])
-    )
+    made = vramkit.plan(model, f"{int(weight_bytes(model) * 0.3)} B", inputs=torch.tensor([[1, 2]]))
     text = str(made)
     assert "optimal" in text
     assert "bounds the weights" in text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,9 @@ SENTENCES = [
     "The river floods every spring.",
     "Machine learning models need data.",
 ]
+
+
+SLACK = 1.005
 
 
 class Setting:
@@ -78,8 +81,8 @@ class Setting:
 
 
 @pytest.fixture(scope="module")
-def setting(minilm_path: Path) -> Iterator[Setting]:
-    yield Setting(minilm_path)
+def setting(minilm_path: Path) -> Setting:
+    return Setting(minilm_path)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +114,8 @@ def test_estimates(setting: Setting, name: str | None) -> None:
 class TestNoWorseThan:
     """The whole model at the same size, in the peer's format: decoded by the peer's own code.
 
-    The slack of 1 % is for products in another order, which move the errors of 8-bit formats.
+    The weights are as good or better by themselves (tests of formats); how their errors add up in
+    one model on sixteen sentences is chance, worth less than half a percent.
     """
 
     @pytest.mark.parametrize("name", ["nf4", "nf4_dq", "fp4"])
@@ -124,8 +128,8 @@ class TestNoWorseThan:
 
         other = setting.error(setting.with_weights(theirs))
         ours = setting.error(setting.converted(name))
-        print(f"{name}: {ours:.4f}, bitsandbytes {other:.4f}")
-        assert ours <= other * 1.01
+        print(f"{name}: {ours:.6f}, bitsandbytes {other:.6f}")
+        assert ours <= other * SLACK
 
     def test_bitsandbytes_int8(self, setting: Setting) -> None:
         """Its Linears quantize the activations too; the weights alone are the stricter peer."""
@@ -136,8 +140,8 @@ class TestNoWorseThan:
 
         other = setting.error(setting.with_weights(rounded, embeddings=False))
         ours = setting.error(setting.converted("int8", skip=("embeddings",)))
-        print(f"int8: {ours:.4f}, bitsandbytes' weights {other:.4f}")
-        assert ours <= other * 1.01
+        print(f"int8: {ours:.6f}, bitsandbytes' weights {other:.6f}")
+        assert ours <= other * SLACK
 
     def test_torchs_dynamic_int8(self, setting: Setting) -> None:
         from torch.ao.quantization import quantize_dynamic
@@ -145,11 +149,11 @@ class TestNoWorseThan:
         theirs = quantize_dynamic(copy.deepcopy(setting.reference), {nn.Linear}, torch.qint8)
         other = setting.error(theirs)
         ours = setting.error(setting.converted("int8"))
-        print(f"int8: {ours:.4f}, torch's dynamic INT8 {other:.4f}")
+        print(f"int8: {ours:.6f}, torch's dynamic INT8 {other:.6f}")
         assert ours < other / 4
 
     def test_quantos_fp8(self, setting: Setting) -> None:
-        """qfloat8: e4m3 with a scale per row, absmax / 448; the installed package if there is one."""
+        """qfloat8: e4m3 with a scale per row, absmax / 448, of the weights."""
 
         def theirs(weight: Tensor) -> Tensor:
             scale = weight.abs().amax(-1, keepdim=True) / 448
@@ -157,8 +161,8 @@ class TestNoWorseThan:
 
         other = setting.error(setting.with_weights(theirs))
         ours = setting.error(setting.converted("fp8"))
-        print(f"fp8: {ours:.4f}, quanto's formula {other:.4f}")
-        assert ours <= other * 1.01
+        print(f"fp8: {ours:.6f}, quanto's formula {other:.6f}")
+        assert ours <= other * SLACK
 
     def test_int4_min_max(self, setting: Setting) -> None:
         """quanto's qint4: groups of 128, a scale and a shift of float32."""
@@ -171,7 +175,7 @@ class TestNoWorseThan:
 
         other = setting.error(setting.with_weights(theirs))
         ours = setting.error(setting.converted("int4"))
-        print(f"int4: {ours:.4f}, min-max {other:.4f}")
+        print(f"int4: {ours:.6f}, min-max {other:.6f}")
         assert ours <= other
 
 

@@ -160,7 +160,9 @@ class LazyWeight(Tensor):
         return out
 
 
-def _written(cls: type, func: Any, args: Any, kwargs: dict[str, Any]) -> list[LazyWeight]:
+def _written(
+    cls: type[LazyWeight], func: Any, args: Any, kwargs: dict[str, Any]
+) -> list[LazyWeight]:
     """The lazy weights that `func` writes to, by its schema."""
     found: list[LazyWeight] = []
     for position, argument in enumerate(func._schema.arguments):
