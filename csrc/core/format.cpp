@@ -90,13 +90,13 @@ std::vector<NamedFormat> make_builtin() {
   return all;
 }
 
-// torch.linspace in float32: from both ends towards the middle.
+// torch.linspace in float32: from both ends towards the middle, the product not rounded.
 std::vector<float> linspace(float start, float end, int steps) {
   std::vector<float> values(steps);
   const float step = (end - start) / static_cast<float>(steps - 1);
   for (int i = 0; i < steps; ++i) {
-    values[i] = i < steps / 2 ? start + step * static_cast<float>(i)
-                              : end - step * static_cast<float>(steps - 1 - i);
+    values[i] = i < steps / 2 ? std::fma(step, static_cast<float>(i), start)
+                              : std::fma(-step, static_cast<float>(steps - 1 - i), end);
   }
   return values;
 }

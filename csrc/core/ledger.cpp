@@ -435,7 +435,7 @@ void Ledger::check() const {
   std::int64_t bytes = 0, places = 0;
   for (const auto& [id, record] : records_) {
     const LedgerEntry& entry = record.entry;
-    auto broken = [&](const char* what) {
+    auto broken = [id = id](const char* what) {
       throw Error(named(id) + " breaks an invariant: " + what);
     };
     if (in_use(entry.state)) {

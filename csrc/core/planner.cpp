@@ -224,7 +224,7 @@ Core reduced(const Core& core, double slope, Int128 slack) {
       const auto bytes = slope * static_cast<double>(item.bytes - from.bytes);
       return std::pair{cost + bytes, std::abs(cost) + std::abs(bytes)};
     };
-    const Item* best = &items[0];
+    const Item* best = items.data();
     for (const Item& item : items) {
       if (priced(item, *best).first < 0) best = &item;
     }

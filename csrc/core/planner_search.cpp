@@ -193,6 +193,7 @@ void Search::narrow(std::vector<State>& states, const std::vector<double>& bound
   order.resize(*width_);
   std::sort(order.begin(), order.end());
   std::vector<State> kept;
+  kept.reserve(order.size());
   for (std::size_t i : order) kept.push_back(states[i]);
   states = std::move(kept);
 }

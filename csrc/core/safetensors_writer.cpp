@@ -24,7 +24,7 @@ void check_text(const std::string& path, const char* what, std::string_view text
 }  // namespace
 
 SafetensorsWriter::SafetensorsWriter(std::string path, const std::vector<TensorSpec>& tensors,
-                                     std::map<std::string, std::string> metadata)
+                                     const std::map<std::string, std::string>& metadata)
     : path_(std::move(path)) {
   const std::string header = build_header(tensors, metadata);
   progress_.resize(tensors_.size());

@@ -36,7 +36,7 @@ class SafetensorsWriter {
   // that repeat or cannot be stored, for unknown dtypes and for sizes past the format's bounds;
   // SystemError, with the bytes needed, where the system refuses the file.
   SafetensorsWriter(std::string path, const std::vector<TensorSpec>& tensors,
-                    std::map<std::string, std::string> metadata = {});
+                    const std::map<std::string, std::string>& metadata = {});
 
   const std::string& path() const { return path_; }
   std::int64_t file_bytes() const { return file_bytes_; }

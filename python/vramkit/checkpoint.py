@@ -189,9 +189,9 @@ class Checkpoint:
         return torch.empty(self.info(name).shape, dtype=self.dtype(name), device="meta")
 
     def read(self, name: str) -> Tensor:
-        """The tensor, in fresh memory; what was read leaves the page cache."""
+        """The tensor, in fresh memory."""
         out = torch.empty(self.info(name).shape, dtype=self.dtype(name))
-        self._files[name].read_into(name, out.data_ptr(), out.nbytes, drop_cache=False)
+        self._files[name].read_into(name, out.data_ptr(), out.nbytes)
         return out
 
     @property

@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+import vramkit
 from click.testing import CliRunner
 from torch import nn
-
-import vramkit
 from vramkit.cli import EXIT_BUDGET, EXIT_ERROR, main, parse_inputs
 from vramkit.demo import SENTENCES
 

@@ -8,7 +8,6 @@ import pkgutil
 
 import pytest
 import torch
-
 import vramkit
 
 MODULES = [

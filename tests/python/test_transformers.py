@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-
 import vramkit
+from torch import Tensor, nn
 from vramkit import measure
 
 transformers = pytest.importorskip("transformers")
