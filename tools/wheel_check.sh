@@ -1,20 +1,27 @@
 #!/usr/bin/env bash
-# Fails unless the wheel $1 keeps to torch's stable ABI, exports nothing of its own but the module's
-# entry point, and holds what it should.
+# Fails unless the wheel $1 holds the package's files and no others, exports nothing but the entry
+# point of _core, needs no library that a user may lack, and keeps to torch's stable ABI.
 set -euo pipefail
-wheel=$1
+wheel=$(realpath "$1")
+cd "$(dirname "$0")/.."
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python -m zipfile -e "$wheel" "$folder"
-for file in _ops.so py.typed _core.pyi cli.py; do
-  [ -e "$folder/vramkit/$file" ] || { echo "$wheel lacks vramkit/$file"; exit 1; }
+
+list() { sort -u | grep -v -e '\.dist-info/' -e '__pycache__/'; }
+expected=$({ cd python && find vramkit -type f ! -name '*.so' ! -path '*_cache/*'; echo vramkit/_core.so; echo vramkit/_ops.so; } | list)
+held=$(cd "$folder" && find . -type f -printf '%P\n' | sed 's|^\(vramkit/_core\)\.[^/]*\.so$|\1.so|' | list)
+diff <(echo "$expected") <(echo "$held") || { echo "$wheel: files missing (<) or stray (>)"; exit 1; }
+
+for module in "$folder"/vramkit/*.so; do
+  stray=$(nm -D --defined-only "$module" | awk '$3 != "PyInit__core" {print $3}')
+  [ -z "$stray" ] || { echo "$module exports:"; echo "$stray" | c++filt; exit 1; }
+  foreign=$(readelf -d "$module" | sed -n 's/.*(NEEDED).*\[\(.*\)\]/\1/p; s/.*(R\(UN\)\?PATH).*/&/p' |
+    grep -v -E '^(lib(torch_cpu\.so|stdc\+\+\.so\.6|m\.so\.6|gcc_s\.so\.1|c\.so\.6)|ld-linux.*)$' || true)
+  [ -z "$foreign" ] || { echo "$module needs: $foreign"; exit 1; }
 done
-for module in "$folder"/vramkit/_core*.so "$folder"/vramkit/_ops.so; do
-  # Weak and unique symbols are the C++ library's own templates, which every C++ module shares.
-  stray=$(nm -D --defined-only "$module" | awk '$2 ~ /[A-Z]/ && $2 !~ /[VWu]/ {print $3}' | grep -v '^PyInit__core$' || true)
-  [ -z "$stray" ] || { echo "$module exports: $stray"; exit 1; }
-done
+
 torch-abi-audit --check torch "$folder/vramkit" | tee "$folder/audit"
-grep -q 'STABLE' "$folder/audit"
-if grep -q 'UNSTABLE' "$folder/audit"; then exit 1; fi
+grep -q 'Torch ABI: *STABLE' "$folder/audit"
+grep -q 'Min torch: *2\.11\.0' "$folder/audit"
 ls -l "$wheel"

@@ -450,6 +450,7 @@ class TestDisk:
         script = """
 import os, sys
 import torch, vramkit
+import vramkit.checkpoint  # while the installation can still be read
 from torch import nn
 build = lambda: nn.Sequential(nn.Embedding(40, 64), nn.Linear(64, 96), nn.Linear(96, 32))
 folder = os.open(sys.argv[1], os.O_RDONLY)
