@@ -11,9 +11,7 @@ import ctypes
 import json
 import os
 import shutil
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,35 +38,13 @@ from .errors import CheckpointError
 from .formats import StorageFormat, get_format, register_format
 from .layers import QuantizedLayer
 from .layers.base import PART_NAMES
+from .shards import INDEX, SAFETENSORS_NAMES, WEIGHTS, Checkpoint
+from .skeleton import MANIFEST, build_skeleton, match_names, set_tensor
 
 if TYPE_CHECKING:
     from .planner import Plan
 
 SCHEMA = "vramkit.checkpoint/1"
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-MANIFEST = "vramkit.json"
-
-_DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "C64": torch.complex64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_skeleton_lock = threading.Lock()
 
 
 class _FreedMemory:
@@ -91,273 +67,6 @@ class _FreedMemory:
         if self._pending >= self.EVERY and self._trim is not None:
             self._trim(ctypes.c_size_t(0))
             self._pending = 0
-
-
-class Checkpoint:
-    """The tensors of a safetensors file, or of the shards that an index lists, by name.
-
-    Only headers are read at first. Raises CheckpointError for a file that is not sound, a shard
-    that is missing, or an index that disagrees with its shards.
-    """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self._files: dict[str, _core.SafetensorsFile] = {}
-        for file in self._shards():
-            opened = _core.SafetensorsFile(file)
-            for name in opened.names():
-                if name in self._files:
-                    raise CheckpointError(f"{file}: tensor {name!r} is in another shard too")
-                self._files[name] = opened
-        self._check_index()
-
-    def _shards(self) -> list[Path]:
-        if self.path.is_file():
-            return [self.path]
-        if not self.path.is_dir():
-            raise FileNotFoundError(f"no checkpoint at {self.path}: no such file or folder")
-        self._weight_map = self._read_index()
-        if self._weight_map is not None:
-            shards = [self.path / name for name in sorted(set(self._weight_map.values()))]
-            for shard in shards:
-                if not shard.is_file():
-                    raise CheckpointError(
-                        f"{self.path / INDEX} lists the shard {shard.name!r}, which is missing; "
-                        "download it again"
-                    )
-            return shards
-        if (self.path / WEIGHTS).is_file():
-            return [self.path / WEIGHTS]
-        others = sorted(self.path.glob("*.safetensors"))
-        if not others:
-            raise CheckpointError(
-                f"{self.path} holds no safetensors file (expected {WEIGHTS} or {INDEX}); "
-                "pickled checkpoints are not read: convert them with safetensors' own tool"
-            )
-        return others
-
-    def _read_index(self) -> dict[str, str] | None:
-        file = self.path / INDEX
-        if not file.is_file():
-            return None
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{file} is no index of shards: {error!r}") from error
-        for name, shard in found.items() if isinstance(found, dict) else [("", None)]:
-            if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
-                raise CheckpointError(
-                    f"{file}: the shard of {name!r} must be the name of a file beside it, "
-                    f"got {shard!r}"
-                )
-        return dict(found)
-
-    def _check_index(self) -> None:
-        listed = getattr(self, "_weight_map", None)
-        if listed is not None:
-            lost = sorted(set(listed) - set(self._files))
-            if lost:
-                raise CheckpointError(
-                    f"{self.path / INDEX} lists {lost[0]!r} ({len(lost)} such tensors), which "
-                    "its shards do not hold"
-                )
-
-    def names(self) -> list[str]:
-        """Names of all tensors, in the order of their bytes."""
-        return list(self._files)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._files
-
-    def info(self, name: str) -> _core.TensorInfo:
-        """Name, dtype, shape and bytes of a tensor."""
-        if name not in self._files:
-            raise CheckpointError(f"{self.path} holds no tensor {name!r}")
-        return self._files[name].info(name)
-
-    def dtype(self, name: str) -> torch.dtype:
-        """The torch dtype of a tensor; CheckpointError where torch has none."""
-        info = self.info(name)
-        if info.dtype not in _DTYPES:
-            raise CheckpointError(
-                f"{self.path}: tensor {name!r} has dtype {info.dtype}, which torch has no type for"
-            )
-        return _DTYPES[info.dtype]
-
-    def meta(self, name: str) -> Tensor:
-        """A tensor of that shape and dtype without memory."""
-        return torch.empty(self.info(name).shape, dtype=self.dtype(name), device="meta")
-
-    def read(self, name: str) -> Tensor:
-        """The tensor, in fresh memory."""
-        out = torch.empty(self.info(name).shape, dtype=self.dtype(name))
-        self._files[name].read_into(name, out.data_ptr(), out.nbytes)
-        return out
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(self.info(name).nbytes for name in self._files)
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Within it, every new parameter moves to the meta device as it is registered.
-
-    Buffers stay real, because modules compute them when they are built and no checkpoint holds
-    those that are not persistent. Memory that a parameter had before was never touched.
-    """
-    with _skeleton_lock:
-        plain = nn.Module.register_parameter
-
-        def register(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-            if param is not None and param.device.type != "meta":
-                shape = torch.empty_like(param, device="meta", requires_grad=False)
-                param = nn.Parameter(shape, requires_grad=param.requires_grad)
-            plain(module, name, param)
-
-        nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
-        try:
-            yield
-        finally:
-            nn.Module.register_parameter = plain  # type: ignore[method-assign]
-
-
-def build_skeleton(
-    source: str | os.PathLike[str], factory: Callable[[], nn.Module] | None = None
-) -> nn.Module:
-    """The model of a checkpoint with its parameters on the meta device, in evaluation mode.
-
-    Without `factory`, `source` is a folder with transformers' `config.json`. The dtype is the
-    checkpoint's.
-    """
-    folder = Path(source)
-    if factory is None:
-        model = _from_transformers_config(folder)
-    else:
-        with _parameters_on_meta():
-            model = factory()
-    if (folder / MANIFEST).is_file():
-        return model.eval()
-    checkpoint = Checkpoint(source)
-    places = match_names(model, checkpoint)
-    for name, parameter in list(model.named_parameters()):
-        if name in places:
-            _set(model, name, checkpoint.meta(places[name]), parameter.requires_grad)
-    return model.eval()
-
-
-def _from_transformers_config(folder: Path) -> nn.Module:
-    file = folder / "config.json"
-    if not file.is_file():
-        raise CheckpointError(
-            f"{folder} has no config.json, which says what model it holds; pass a factory that "
-            "builds the module"
-        )
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(folder)
-    names = getattr(config, "architectures", None) or []
-    cls = getattr(transformers, names[0], None) if names else None
-    with _parameters_on_meta():
-        model: nn.Module
-        if cls is not None:
-            model = cls._from_config(config)
-        else:
-            model = transformers.AutoModel.from_config(config)
-    return model
-
-
-def _set(model: nn.Module, name: str, tensor: Tensor, requires_grad: bool = False) -> None:
-    """Put `tensor` in the place of a parameter or buffer, and of every module that shares it."""
-    owner_name, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(owner_name)
-    if leaf in owner._buffers:
-        owner._buffers[leaf] = tensor
-        return
-    old = owner._parameters[leaf]
-    grad = requires_grad and tensor.is_floating_point()
-    made = nn.Parameter(tensor, requires_grad=grad)
-    for module in model.modules():
-        for key, parameter in module._parameters.items():
-            if parameter is old:
-                module._parameters[key] = made
-
-
-def match_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
-    """The checkpoint's name of every parameter and persistent buffer of `model`.
-
-    Names agree, or differ by the base model's prefix, as transformers' do. Tied names need one
-    entry. Raises CheckpointError for tensors that are missing or have another shape.
-    """
-    prefix = getattr(model, "base_model_prefix", "") or ""
-    renamed, rebuilt = _transformers_names(model, checkpoint)
-    places: dict[str, str] = {}
-    shared: dict[int, str] = {}
-    missing = []
-    for name, value in model.state_dict(keep_vars=True).items():
-        options = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
-        found = next((option for option in options if option in checkpoint), renamed.get(name))
-        if found is None:
-            missing.append((name, id(value)))
-            continue
-        shape = checkpoint.info(found).shape
-        if list(value.shape) != list(shape):
-            raise CheckpointError(
-                f"{checkpoint.path}: {found!r} has shape {shape}, the model's {name!r} has "
-                f"{list(value.shape)}"
-            )
-        places[name] = found
-        shared[id(value)] = found
-    lost = []
-    for name, key in missing:
-        if key in shared:
-            places[name] = shared[key]
-        else:
-            lost.append(name)
-    if lost and rebuilt:
-        raise CheckpointError(
-            f"{checkpoint.path} stores {sorted(rebuilt)[0]!r} and others in a layout that "
-            "transformers rebuilds as it loads. Load it with from_pretrained, then use "
-            "vramkit.convert and vramkit.save; what was saved so loads tensor by tensor"
-        )
-    if lost:
-        raise CheckpointError(
-            f"{checkpoint.path} lacks {lost[0]!r} ({len(lost)} of the model's tensors); it belongs "
-            "to another model or another version of its class"
-        )
-    return places
-
-
-def _transformers_names(
-    model: nn.Module, checkpoint: Checkpoint
-) -> tuple[dict[str, str], set[str]]:
-    """transformers' own renamings: {model's name: checkpoint's}, and what is more than renamed.
-
-    Newer classes split and rename what older checkpoints hold; the rules come with transformers.
-    """
-    if not (hasattr(model, "config") and hasattr(model, "base_model_prefix")):
-        return {}, set()
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming, rename_source_key
-    except ImportError:  # before transformers 5, names in files were those of the classes
-        return {}, set()
-    model_: Any = model
-    rules = get_model_conversion_mapping(model_)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters: list[Any] = [rule for rule in rules if not isinstance(rule, WeightRenaming)]
-    known = model.state_dict()
-    renamed, rebuilt = {}, set()
-    for name in checkpoint.names():
-        target, converter = rename_source_key(
-            name, renamings, converters, model_.base_model_prefix, known
-        )
-        if converter is not None:
-            rebuilt.add(name)
-        elif target != name:
-            renamed[target] = name
-    return renamed, rebuilt
 
 
 @dataclass
@@ -427,7 +136,7 @@ def load(
                 freed.count(size)
                 swap_candidate(candidate, parts)
             else:
-                _set(model, name, tensor, getattr(value, "requires_grad", False))
+                set_tensor(model, name, tensor, getattr(value, "requires_grad", False))
             advance(size, name)
     keep_ties(model)
     _check_complete(model, path)
@@ -565,9 +274,9 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _dtype_name(name: str, tensor: Tensor) -> str:
-    if tensor.dtype not in _NAMES:
+    if tensor.dtype not in SAFETENSORS_NAMES:
         raise ValueError(f"safetensors has no dtype for {name!r} ({tensor.dtype})")
-    return _NAMES[tensor.dtype]
+    return SAFETENSORS_NAMES[tensor.dtype]
 
 
 def _dtype_named(name: str) -> torch.dtype:
@@ -642,7 +351,7 @@ def _load_converted(
                 raise CheckpointError(
                     f"{folder}: {name!r} has dtype {tensor.dtype}, expected {value.dtype}"
                 )
-            _set(model, name, tensor, getattr(value, "requires_grad", False))
+            set_tensor(model, name, tensor, getattr(value, "requires_grad", False))
             advance(tensor.nbytes, name)
     keep_ties(model)
     _check_complete(model, folder)
@@ -653,7 +362,7 @@ def _retype(model: nn.Module, checkpoint: Checkpoint, manifest: dict[str, Any]) 
     """Give the skeleton's plain tensors the dtypes they were saved with."""
     for name, value in list(model.state_dict(keep_vars=True).items()):
         if name in checkpoint and value.device.type == "meta":
-            _set(model, name, checkpoint.meta(name), getattr(value, "requires_grad", False))
+            set_tensor(model, name, checkpoint.meta(name), getattr(value, "requires_grad", False))
 
 
 def convert_checkpoint(

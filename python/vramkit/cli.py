@@ -270,8 +270,8 @@ def estimate(
 ) -> None:
     """Predict bytes by precision before any weight is read."""
     with _reported(json_path) as output:
-        from .checkpoint import build_skeleton
         from .estimator import estimate as predict
+        from .skeleton import build_skeleton
 
         source, build = _module_or_path(model, factory)
         skeleton = (

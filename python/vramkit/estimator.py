@@ -123,7 +123,7 @@ def estimate(
     if isinstance(model, nn.Module):
         skeleton = meta_copy(model)
     else:
-        from .checkpoint import build_skeleton
+        from .skeleton import build_skeleton
 
         skeleton = build_skeleton(model)
     label = "as it is"

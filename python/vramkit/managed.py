@@ -100,8 +100,8 @@ def known_bytes(
 def _computed_bytes(
     component: Component, mode: PrecisionMode, device: str | torch.device | None
 ) -> tuple[int | None, str]:
-    from .checkpoint import MANIFEST
     from .model_objects import PLAIN_MODES, bytes_in, checkpoint_shapes, declared_shapes
+    from .skeleton import MANIFEST
 
     measured, shapes = component.measured.get(mode), component.shapes
     if measured is not None:
@@ -140,6 +140,6 @@ def _converted_bytes(
         return None, f"the checkpoint has no config.json to say which layers {mode.value} converts"
     if importlib.util.find_spec("transformers") is None:
         return None, f"transformers is needed to know which layers {mode.value} converts"
-    from .checkpoint import build_skeleton
+    from .skeleton import build_skeleton
 
     return bytes_in(build_skeleton(checkpoint), mode, device), "from the checkpoint's header"

@@ -175,7 +175,7 @@ class Storages:
 
 def checkpoint_shapes(path: str | os.PathLike[str]) -> list[TensorShape]:
     """Shapes of a checkpoint's tensors from the headers of its safetensors files alone."""
-    from .checkpoint import Checkpoint
+    from .shards import Checkpoint
 
     checkpoint = Checkpoint(path)
     return [_shape_of(checkpoint.meta(name)) for name in checkpoint.names()]

@@ -11,27 +11,13 @@ import torch
 from torch import Tensor
 
 from .errors import CheckpointError
+from .shards import SAFETENSORS_DTYPES, SAFETENSORS_NAMES
 from .sizes import format_size
 
 LayerOutputs = dict[str, list[Tensor]]
 
 _KIND = "vramkit recording"
 _VERSION = "1"
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.complex64: "C64",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 @dataclass
@@ -77,12 +63,12 @@ class Recording:
         tensors = {name: t.detach().cpu().contiguous() for name, t in self._tensors().items()}
         specs = []
         for name, tensor in tensors.items():
-            if tensor.dtype not in _DTYPES:
+            if tensor.dtype not in SAFETENSORS_NAMES:
                 raise ValueError(
                     f"{name} has dtype {tensor.dtype}, which a recording's file cannot hold; "
                     "convert it in output="
                 )
-            specs.append((name, _DTYPES[tensor.dtype], list(tensor.shape)))
+            specs.append((name, SAFETENSORS_NAMES[tensor.dtype], list(tensor.shape)))
         metadata = {
             "kind": _KIND,
             "version": _VERSION,
@@ -138,7 +124,7 @@ class Recording:
 
 def _read(file: Any, name: str) -> Tensor:
     info = file.info(name)
-    dtype = {stored: dtype for dtype, stored in _DTYPES.items()}[info.dtype]
+    dtype = SAFETENSORS_DTYPES[info.dtype]
     tensor = torch.empty(info.shape, dtype=dtype)
     if tensor.nbytes:
         file.read_into(name, tensor.data_ptr(), tensor.nbytes)

@@ -12,8 +12,8 @@ import torch
 import vramkit
 from torch import Tensor, nn
 from vramkit import QuantizedLayer, _core
-from vramkit.checkpoint import Checkpoint
 from vramkit.estimator import weight_bytes
+from vramkit.shards import Checkpoint
 
 BUILTIN = [name for name, _ in _core.builtin_formats()]
 

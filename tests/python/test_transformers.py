@@ -114,7 +114,7 @@ def test_a_layout_that_transformers_rebuilds_is_named(tmp_path: Path) -> None:
     )
     model = transformers.MixtralForCausalLM(config)
     model.save_pretrained(tmp_path)
-    from vramkit.checkpoint import Checkpoint
+    from vramkit.shards import Checkpoint
 
     if any("block_sparse_moe" in name for name in Checkpoint(tmp_path).names()):
         with pytest.raises(vramkit.CheckpointError, match="from_pretrained"):
