@@ -12,28 +12,8 @@ namespace py = pybind11;
 namespace vramkit::bindings {
 namespace {
 
-Format format_from(const std::vector<std::int64_t>& spec, std::vector<float> table) {
-  if (spec.size() != 7) throw InvalidArgument("a format's spec has 7 numbers");
-  Format format{.family = static_cast<Family>(spec[0]),
-                .bits = spec[1],
-                .grain = static_cast<Grain>(spec[2]),
-                .block = spec[3],
-                .scale = static_cast<ScaleType>(spec[4]),
-                .encoder = static_cast<Encoder>(spec[5]),
-                .zero_point = spec[6] != 0,
-                .table = std::move(table)};
-  format.validate();
-  return format;
-}
-
-std::vector<std::int64_t> spec_of(const Format& format) {
-  return {static_cast<std::int64_t>(format.family),
-          format.bits,
-          static_cast<std::int64_t>(format.grain),
-          format.block,
-          static_cast<std::int64_t>(format.scale),
-          static_cast<std::int64_t>(format.encoder),
-          format.zero_point ? 1 : 0};
+Format make_format(const std::vector<std::int64_t>& spec, std::vector<float> table) {
+  return format_from_spec(spec, std::move(table));
 }
 
 void bind_formats(py::module_& m) {
@@ -43,7 +23,7 @@ void bind_formats(py::module_& m) {
       .def_readonly("extra", &PartBytes::extra)
       .def_property_readonly("total", &PartBytes::total);
   py::class_<Format>(m, "Format", "A storage format as data; see docs/formats.md.")
-      .def(py::init(&format_from), py::arg("spec"), py::arg("table") = std::vector<float>{})
+      .def(py::init(&make_format), py::arg("spec"), py::arg("table") = std::vector<float>{})
       .def_property_readonly("spec", &spec_of)
       .def_readonly("table", &Format::table)
       .def("row_separable", &Format::row_separable, py::arg("cols"),

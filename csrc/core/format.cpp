@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <utility>
 
 #include "core/error.hpp"
 #include "core/half.hpp"
@@ -224,6 +225,32 @@ PartBytes Format::bytes(std::span<const std::int64_t> shape) const {
   if (zero_point) size.extra = groups;
   if (scale == ScaleType::nested) size.extra = 4 * (ceil_div(groups, kNestedBlock) + 1);
   return size;
+}
+
+Format format_from_spec(std::span<const std::int64_t> spec, std::vector<float> table) {
+  if (spec.size() != 7) {
+    throw InvalidArgument("a format's spec has 7 numbers, got " + std::to_string(spec.size()));
+  }
+  Format format{.family = static_cast<Family>(spec[0]),
+                .bits = spec[1],
+                .grain = static_cast<Grain>(spec[2]),
+                .block = spec[3],
+                .scale = static_cast<ScaleType>(spec[4]),
+                .encoder = static_cast<Encoder>(spec[5]),
+                .zero_point = spec[6] != 0,
+                .table = std::move(table)};
+  format.validate();
+  return format;
+}
+
+std::vector<std::int64_t> spec_of(const Format& format) {
+  return {static_cast<std::int64_t>(format.family),
+          format.bits,
+          static_cast<std::int64_t>(format.grain),
+          format.block,
+          static_cast<std::int64_t>(format.scale),
+          static_cast<std::int64_t>(format.encoder),
+          format.zero_point ? 1 : 0};
 }
 
 std::span<const NamedFormat> builtin_formats() {

@@ -85,6 +85,12 @@ struct Format {
   Layout layout(std::int64_t rows, std::int64_t cols) const;
 };
 
+// A format as the seven integers that Python and the operators pass around: family, bits, grain,
+// block, scale type, encoder, zero point. Throws InvalidArgument for any other number of them, and
+// for fields that contradict each other.
+Format format_from_spec(std::span<const std::int64_t> spec, std::vector<float> table);
+std::vector<std::int64_t> spec_of(const Format& format);
+
 struct NamedFormat {
   std::string name;
   Format format;

@@ -14,21 +14,12 @@ const std::uint8_t* bytes_of(const Tensor& tensor, std::int64_t expected, const 
 }  // namespace
 
 Format format_of(const std::vector<std::int64_t>& spec, const std::optional<Tensor>& table) {
-  STD_TORCH_CHECK(spec.size() == 7, "vramkit: a format's spec has 7 numbers, got ", spec.size());
-  Format format{.family = static_cast<Family>(spec[0]),
-                .bits = spec[1],
-                .grain = static_cast<Grain>(spec[2]),
-                .block = spec[3],
-                .scale = static_cast<ScaleType>(spec[4]),
-                .encoder = static_cast<Encoder>(spec[5]),
-                .zero_point = spec[6] != 0};
-  if (format.family == Family::codebook) {
-    STD_TORCH_CHECK(table.has_value(), "vramkit: a codebook format needs its table");
-    const float* values = float_data(table);
-    format.table.assign(values, values + table->numel());
+  std::vector<float> values;
+  if (table.has_value()) {
+    const float* data = float_data(table);
+    values.assign(data, data + table->numel());
   }
-  format.validate();
-  return format;
+  return format_from_spec(spec, std::move(values));
 }
 
 cpu::DType dtype_of(const Tensor& tensor) {
