@@ -162,7 +162,11 @@ void Format::validate() const {
       break;
     case Family::codebook:
       require(bits == 4 || bits == 8, "a codebook has codes of 4 or 8 bits");
-      require(table.size() == std::size_t{1} << bits, "a codebook holds 2^bits values");
+      if (table.size() != std::size_t{1} << bits) {
+        throw InvalidArgument("storage format: a codebook of " + std::to_string(bits) +
+                              "-bit codes needs a table of " + std::to_string(1 << bits) +
+                              " values, got " + std::to_string(table.size()));
+      }
       require(has_scale, "a codebook needs scales");
       require(encoder == Encoder::midpoint ||
                   (bits == 8 && (encoder == Encoder::e4m3 || encoder == Encoder::e5m2)),
