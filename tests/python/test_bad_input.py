@@ -215,8 +215,10 @@ class TestInterrupted:
     def test_a_signal_in_another_process(self, checkpoint: Path, tmp_path: Path) -> None:
         """Ctrl-C while a file is being written."""
         script = """
-import sys, time, torch, vramkit
+import signal, sys, time, torch, vramkit
 from torch import nn
+# A shell starts its background jobs with SIGINT ignored, and their children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 build = lambda: nn.Sequential(nn.Embedding(40, 64), nn.Linear(64, 96), nn.Linear(96, 32))
 def progress(done, total, name):
     print("step", flush=True)

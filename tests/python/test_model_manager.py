@@ -616,6 +616,8 @@ def test_ctrl_c_ends_a_wait():
     code = (
         "import os, signal, threading, time, torch\n"
         "from vramkit import _core\n"
+        # A shell starts its background jobs with SIGINT ignored, and their children inherit that.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "ledger = _core.Ledger()\n"
         "ledger.add(1); ledger.add(2)\n"
         "ledger.begin_load(1); ledger.finish_load(1, 1)\n"
