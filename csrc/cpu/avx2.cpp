@@ -140,7 +140,10 @@ struct Simd {
 #include "cpu/vector_kernels.hpp"
 
 namespace vramkit::cpu {
-const Kernels* avx2_kernels() { return &vector_kernels; }
+namespace {
+constexpr Kernels kernels{Simd::name, quantize, dequantize, linear};
+}  // namespace
+const Kernels* avx2_kernels() { return &kernels; }
 }  // namespace vramkit::cpu
 
 #else

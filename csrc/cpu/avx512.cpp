@@ -123,9 +123,14 @@ struct Simd {
 }  // namespace vramkit::cpu
 
 #include "cpu/vector_kernels.hpp"
+// After the kernels that they build on.
+#include "cpu/bf16_product.hpp"
 
 namespace vramkit::cpu {
-const Kernels* avx512_kernels() { return &vector_kernels; }
+namespace {
+constexpr Kernels kernels{Simd::name, quantize, dequantize_avx512, linear_avx512};
+}  // namespace
+const Kernels* avx512_kernels() { return &kernels; }
 }  // namespace vramkit::cpu
 
 #else

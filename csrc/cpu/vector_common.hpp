@@ -127,43 +127,56 @@ void write(std::uint8_t* bytes, std::int64_t i, T value) {
   std::memcpy(bytes + i * static_cast<std::int64_t>(sizeof(T)), &value, sizeof(T));
 }
 
-// The scales of a weight's rows as floats.
-class Scales {
- public:
-  explicit Scales(const Weight& weight)
-      : weight_(weight), per_row_(weight.at.groups_per_row), row_(per_row_ + 1) {}
-
-  // One per group, valid until the next call; 1 where the format has none.
-  const float* row(std::int64_t r) const {
-    float* out = row_.get();
-    const std::int64_t first = r * per_row_;
-    switch (weight_.format->scale) {
-      case ScaleType::f32:
-        std::memcpy(out, weight_.scales + first * 4, static_cast<std::size_t>(per_row_) * 4);
-        break;
-      case ScaleType::f16:
-        convert<DType::f16, DType::f32>(weight_.scales + first * 2, out, per_row_);
-        break;
-      case ScaleType::nested: {
-        const float* map = dynamic_map().data();
-        const float offset = read<float>(weight_.nested_offset, 0);
-        for (std::int64_t g = 0; g < per_row_; ++g) {
-          const std::int64_t outer = (weight_.first_scale + first + g) / kNestedBlock;
-          const float product = map[weight_.scales[first + g]] * read<float>(weight_.extra, outer);
+// The scales of row r as floats, one per group; 1 where the format has none.
+void row_scales(const Weight& weight, std::int64_t r, float* out) {
+  const std::int64_t count = weight.at.groups_per_row, first = r * count;
+  switch (weight.format->scale) {
+    case ScaleType::f32:
+      std::memcpy(out, weight.scales + first * 4, static_cast<std::size_t>(count) * 4);
+      break;
+    case ScaleType::f16:
+      convert<DType::f16, DType::f32>(weight.scales + first * 2, out, count);
+      break;
+    case ScaleType::nested: {
+      const float* map = dynamic_map().data();
+      const float offset = read<float>(weight.nested_offset, 0);
+      const std::int64_t start = weight.first_scale + first;
+      std::int64_t g = 0;
+      while (g < count) {  // runs of scales that share an outer one
+        const std::int64_t outer = (start + g) / kNestedBlock;
+        const std::int64_t last = smaller(count, (outer + 1) * kNestedBlock - start);
+        const float by = read<float>(weight.extra, outer);
+        // Two roundings, as bitsandbytes does it: no fused multiply-add.
+        for (; g + kLanes <= last; g += kLanes) {
+          const F inner = Simd::gather(map, Simd::bytes(weight.scales + first + g));
+          Simd::store(out + g, inner * Simd::set1(by) + Simd::set1(offset));
+        }
+        for (; g < last; ++g) {
+          const float product = map[weight.scales[first + g]] * by;
           out[g] = product + offset;
         }
-        break;
       }
-      case ScaleType::none:
-        out[0] = 1.0f;
-        break;
+      break;
     }
-    return out;
+    case ScaleType::none:
+      out[0] = 1.0f;
+      break;
+  }
+}
+
+// The scales of one row at a time.
+class Scales {
+ public:
+  explicit Scales(const Weight& weight) : weight_(weight), row_(weight.at.groups_per_row + 1) {}
+
+  // One per group, valid until the next call.
+  const float* row(std::int64_t r) const {
+    row_scales(weight_, r, row_.get());
+    return row_.get();
   }
 
  private:
   const Weight& weight_;
-  std::int64_t per_row_;
   Scratch<float> row_;
 };
 

@@ -294,7 +294,5 @@ void linear(const Weight& weight, const void* x, DType type, std::int64_t count,
   });
 }
 
-constexpr Kernels vector_kernels{Simd::name, quantize, dequantize, linear};
-
 }  // namespace
 }  // namespace vramkit::cpu

@@ -165,10 +165,12 @@ std::vector<float> decoded(const Weight& weight) {
 // * u * sum|x w|, and decoding a weight with a scale per row at the end adds one u. For the K <=
 // 1000 tested here 4 * sqrt(K) * 2^-23 is above that: the bound holds always, not by luck. The
 // scalar reference adds K terms to one sum; its roundings are random enough to stay below too. The
-// result is rounded once to the output's type: half a unit in the last place.
+// result is rounded once to the output's type: half a unit in the last place. A product of bfloat16
+// rows may take the decoded weight rounded to bfloat16: 2^-8 of each term.
 double allowed_error(const Product& exact, std::int64_t cols, DType type) {
+  const double weight = type == DType::bf16 ? std::ldexp(1.0, -8) : 0.0;
   const double arithmetic =
-      4.0 * std::sqrt(static_cast<double>(cols)) * FLT_EPSILON * exact.magnitude;
+      (4.0 * std::sqrt(static_cast<double>(cols)) * FLT_EPSILON + weight) * exact.magnitude;
   const double largest = std::fabs(exact.sum) + arithmetic;
   const double rounding = type == DType::f32    ? std::ldexp(largest, -24)
                           : type == DType::bf16 ? std::ldexp(largest, -8)
