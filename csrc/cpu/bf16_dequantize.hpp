@@ -37,6 +37,17 @@ void decode_nibbles(const Weight& weight, const float* scales, std::int64_t r, s
   }
 }
 
+// The values of 32 codes by a table of 128 bfloat16 magnitudes, codes from 128 on being negative.
+__m512i lookup_signed(const __m512i* part, __m256i codes) {
+  const __m512i words = _mm512_cvtepu8_epi16(codes);
+  const __mmask32 upper = _mm512_test_epi16_mask(words, _mm512_set1_epi16(64));
+  const __m512i magnitude =
+      _mm512_mask_blend_epi16(upper, _mm512_permutex2var_epi16(part[0], words, part[1]),
+                              _mm512_permutex2var_epi16(part[2], words, part[3]));
+  return _mm512_ternarylogic_epi64(magnitude, _mm512_slli_epi16(words, 8),
+                                   _mm512_set1_epi16(INT16_MIN), kXorAnd);
+}
+
 // Row r of eight-bit codes of a signed codebook with one scale.
 void decode_signed(const Weight& weight, float scale, std::int64_t r, std::uint16_t* out) {
   __m512i part[4];

@@ -22,6 +22,9 @@ namespace {
 
 constexpr std::int64_t kChunk = 64;
 
+// Which elements of a chunk come first: the even ones, or eight of each sixteen.
+enum class Order { natural, even_odd, eights };
+
 struct Pair {  // 64 elements
   __m512bh first, second;
 };
@@ -40,13 +43,12 @@ __m512i doubled_table(F values) {
   return _mm512_broadcast_i64x4(narrow);
 }
 
-// Four-bit decoders give the even elements of a chunk first, then the odd ones: high nibbles, then
-// low ones.
+// Four-bit decoders give high nibbles, then low ones.
 
 // A codebook whose scale goes into its table, group by group.
 class ScaledCodebook4 {
  public:
-  static constexpr bool split = true;
+  static constexpr Order order = Order::even_odd;
   static constexpr int bits = 4;
   static constexpr Scaling scaling = Scaling::table;
   explicit ScaledCodebook4(const Weight& weight) : values_(_mm512_loadu_ps(weight.table)) {}
@@ -69,7 +71,7 @@ class ScaledCodebook4 {
 // The same with the scale left to the sums.
 class Codebook4Values {
  public:
-  static constexpr bool split = true;
+  static constexpr Order order = Order::even_odd;
   static constexpr int bits = 4;
   static constexpr Scaling scaling = Scaling::group;
   explicit Codebook4Values(const Weight& weight)
@@ -105,7 +107,7 @@ constexpr ShiftedCodes shifted_codes;
 template <int groups>
 class Integer4Values {
  public:
-  static constexpr bool split = true;
+  static constexpr Order order = Order::even_odd;
   static constexpr int bits = 4;
   static constexpr Scaling scaling = Scaling::group;
   explicit Integer4Values(const Weight& weight) : zeros_(weight.extra) {}
@@ -155,7 +157,7 @@ class Integer4Values {
 template <int groups>
 class ScaledInteger4 {
  public:
-  static constexpr bool split = true;
+  static constexpr Order order = Order::even_odd;
   static constexpr int bits = 4;
   static constexpr Scaling scaling = Scaling::table;
   explicit ScaledInteger4(const Weight& weight) : zeros_(weight.extra) {}
@@ -180,55 +182,94 @@ class ScaledInteger4 {
   const std::uint8_t* zeros_;
 };
 
-// Eight-bit decoders keep the elements' order.
+// Eight-bit decoders look up the two bytes of a value apart, 64 codes at a time, and bring them
+// together eight by eight.
 template <class Value, Scaling how>
 class Bytes {
  public:
-  static constexpr bool split = false;
+  static constexpr Order order = Order::eights;
   static constexpr int bits = 8;
   static constexpr Scaling scaling = how;
   explicit Bytes(const Weight& weight) : value_(weight) {}
   struct Row {};
   void group(Row&, std::int64_t, const std::uint8_t*, std::int64_t) const {}
   Pair decode(const Row&, const std::uint8_t* p) const {
-    return {value_(load_bytes32(p)), value_(load_bytes32(p + 32))};
+    const auto [low, high] = value_(_mm512_loadu_si512(p));
+    return {(__m512bh)_mm512_unpacklo_epi8(low, high), (__m512bh)_mm512_unpackhi_epi8(low, high)};
   }
 
  private:
   Value value_;
 };
 
-struct Integer8Values {
-  explicit Integer8Values(const Weight&) {}
-  __m512bh operator()(__m256i codes) const {
-    const F low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(codes)));
-    const F high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(codes, 1)));
-    return _mm512_cvtne2ps_pbh(high, low);
-  }
+struct BytePair {
+  __m512i low, high;
 };
 
-// The values of 32 codes by a table of 128 bfloat16 magnitudes, codes from 128 on being negative.
-__m512i lookup_signed(const __m512i* part, __m256i codes) {
-  const __m512i words = _mm512_cvtepu8_epi16(codes);
-  const __mmask32 upper = _mm512_test_epi16_mask(words, _mm512_set1_epi16(64));
-  const __m512i magnitude =
-      _mm512_mask_blend_epi16(upper, _mm512_permutex2var_epi16(part[0], words, part[1]),
-                              _mm512_permutex2var_epi16(part[2], words, part[3]));
-  constexpr int xor_and = 0x78;  // magnitude ^ (shifted & sign)
-  return _mm512_ternarylogic_epi64(magnitude, _mm512_slli_epi16(words, 8),
-                                   _mm512_set1_epi16(INT16_MIN), xor_and);
-}
+// The bfloat16 of 128 floats, as a table of low bytes and one of high bytes.
+class ByteTable {
+ public:
+  explicit ByteTable(const float* values) {
+    alignas(64) std::uint8_t low[128], high[128];
+    for (int i = 0; i < 128; i += 16) {
+      const __m256i halves = (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(values + i));
+      _mm_store_si128(reinterpret_cast<__m128i*>(low + i), _mm256_cvtepi16_epi8(halves));
+      _mm_store_si128(reinterpret_cast<__m128i*>(high + i),
+                      _mm256_cvtepi16_epi8(_mm256_srli_epi16(halves, 8)));
+    }
+    for (int i = 0; i < 2; ++i) {
+      low_[i] = _mm512_load_si512(low + 64 * i);
+      high_[i] = _mm512_load_si512(high + 64 * i);
+    }
+  }
+  // By the low seven bits of each byte.
+  BytePair operator()(__m512i index) const {
+    return {_mm512_permutex2var_epi8(low_[0], index, low_[1]),
+            _mm512_permutex2var_epi8(high_[0], index, high_[1])};
+  }
+
+ private:
+  __m512i low_[2], high_[2];
+};
+
+constexpr int kOrAnd = 0xf8;   // a | (b & c)
+constexpr int kXorAnd = 0x78;  // a ^ (b & c)
+
+struct Counting128 {
+  float values[128];
+  constexpr Counting128() : values() {
+    for (int i = 0; i < 128; ++i) values[i] = static_cast<float>(i);
+  }
+};
+constexpr Counting128 counting128;
+
+class Integer8Values {
+ public:
+  explicit Integer8Values(const Weight&) : magnitude_(counting128.values) {}
+  BytePair operator()(__m512i codes) const {
+    BytePair value = magnitude_(_mm512_abs_epi8(codes));
+    const __m512i sign = _mm512_set1_epi8(-128);
+    value.high = _mm512_ternarylogic_epi64(value.high, codes, sign, kOrAnd);
+    // -128 alone has no magnitude in the table: 0xc300.
+    const __mmask64 least = _mm512_cmpeq_epi8_mask(codes, sign);
+    value.high = _mm512_mask_mov_epi8(value.high, least, _mm512_set1_epi8(-61));  // 0xc3
+    return value;
+  }
+
+ private:
+  ByteTable magnitude_;
+};
 
 // A table of 256 floats whose upper half is the lower one negated, as FP8's.
 class SignedTable {
  public:
-  explicit SignedTable(const Weight& weight) {
-    for (int i = 0; i < 4; ++i) {
-      const F low = _mm512_loadu_ps(weight.table + 32 * i);
-      part_[i] = (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(weight.table + 32 * i + 16), low);
-    }
+  explicit SignedTable(const Weight& weight) : magnitude_(weight.table) {}
+  BytePair operator()(__m512i codes) const {
+    BytePair value = magnitude_(codes);
+    // The codes below 128 may be the negative ones.
+    value.high = _mm512_ternarylogic_epi64(value.high, codes, _mm512_set1_epi8(-128), kXorAnd);
+    return value;
   }
-  __m512bh operator()(__m256i codes) const { return (__m512bh)lookup_signed(part_, codes); }
   static bool fits(const float* table) {
     for (int i = 0; i < 128; ++i) {
       std::uint32_t low, high;
@@ -240,37 +281,28 @@ class SignedTable {
   }
 
  private:
-  __m512i part_[4];
+  ByteTable magnitude_;
 };
 
 // Any table of 256 floats.
 class FullTable {
  public:
-  explicit FullTable(const Weight& weight) {
-    for (int i = 0; i < 8; ++i) {
-      const F low = _mm512_loadu_ps(weight.table + 32 * i);
-      part_[i] = (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(weight.table + 32 * i + 16), low);
-    }
-  }
-  __m512bh operator()(__m256i codes) const {
-    const __m512i words = _mm512_cvtepu8_epi16(codes);
-    const __mmask32 bit6 = _mm512_test_epi16_mask(words, _mm512_set1_epi16(64));
-    const __mmask32 bit7 = _mm512_test_epi16_mask(words, _mm512_set1_epi16(128));
-    auto half = [&](int i) __attribute__((always_inline)) {
-      return _mm512_mask_blend_epi16(bit6, _mm512_permutex2var_epi16(part_[i], words, part_[i + 1]),
-                                     _mm512_permutex2var_epi16(part_[i + 2], words, part_[i + 3]));
-    };
-    return (__m512bh)_mm512_mask_blend_epi16(bit7, half(0), half(4));
+  explicit FullTable(const Weight& weight) : lower_(weight.table), upper_(weight.table + 128) {}
+  BytePair operator()(__m512i codes) const {
+    const BytePair lower = lower_(codes), upper = upper_(codes);
+    const __mmask64 is_upper = _mm512_movepi8_mask(codes);
+    return {_mm512_mask_blend_epi8(is_upper, lower.low, upper.low),
+            _mm512_mask_blend_epi8(is_upper, lower.high, upper.high)};
   }
 
  private:
-  __m512i part_[8];
+  ByteTable lower_, upper_;
 };
 
 template <DType type>
 class Halves {
  public:
-  static constexpr bool split = false;
+  static constexpr Order order = Order::natural;
   static constexpr int bits = 16;
   static constexpr Scaling scaling = Scaling::none;
   explicit Halves(const Weight&) {}
@@ -289,8 +321,17 @@ class Halves {
 class Chunks {
  public:
   Chunks(const void* x, std::int64_t count, std::int64_t stride, std::int64_t cols, int rows,
-         bool split)
+         Order order)
       : all_((cols + kChunk - 1) / kChunk * rows * kChunk) {
+    alignas(64) std::uint16_t index[kChunk];  // where element i of a chunk comes from
+    for (int i = 0; i < kChunk; ++i) {
+      const int even_odd = 2 * (i % 32) + i / 32;
+      const int eights = i % 32 / 8 * 16 + i / 32 * 8 + i % 8;
+      index[i] = static_cast<std::uint16_t>(order == Order::even_odd ? even_odd
+                                            : order == Order::eights ? eights
+                                                                     : i);
+    }
+    const __m512i first = _mm512_load_si512(index), second = _mm512_load_si512(index + 32);
     const auto* source = static_cast<const std::uint16_t*>(x);
     std::uint16_t* out = all_.get();
     for (std::int64_t k = 0; k < cols; k += kChunk) {
@@ -303,19 +344,14 @@ class Chunks {
           from = staged;
         }
         const __m512i low = _mm512_loadu_si512(from), high = _mm512_loadu_si512(from + 32);
-        _mm512_storeu_si512(out, split ? every_second(low, high, 0) : low);
-        _mm512_storeu_si512(out + 32, split ? every_second(low, high, 1) : high);
+        _mm512_storeu_si512(out, _mm512_permutex2var_epi16(low, first, high));
+        _mm512_storeu_si512(out + 32, _mm512_permutex2var_epi16(low, second, high));
       }
     }
   }
   const std::uint16_t* get() const { return all_.get(); }
 
  private:
-  static __m512i every_second(__m512i low, __m512i high, int from) {
-    alignas(64) std::uint16_t index[32];
-    for (int i = 0; i < 32; ++i) index[i] = static_cast<std::uint16_t>(2 * i + from);
-    return _mm512_permutex2var_epi16(low, _mm512_load_si512(index), high);
-  }
   Scratch<std::uint16_t> all_;
 };
 
@@ -384,17 +420,20 @@ template <class Decoder, int M, int R>
                                              const typename Decoder::Row* state,
                                              const std::uint8_t* const* from, std::int64_t offset,
                                              const std::uint16_t* x, std::int64_t ahead) {
+  Pair pair[R];
   VRAMKIT_UNROLL for (int r = 0; r < R; ++r) {
-    const Pair pair = decoder.decode(state[r], from[r] + offset);
+    pair[r] = decoder.decode(state[r], from[r] + offset);
     // Rows are short: the processor's own prefetching would begin anew with each.
     for (int line = 0; line < Decoder::bits / 8 || line == 0; ++line) {
       __builtin_prefetch(from[r] + offset + ahead + 64 * line, 0, 2);
     }
-    VRAMKIT_UNROLL for (int m = 0; m < M; ++m) {
-      const auto first = (__m512bh)_mm512_loadu_si512(x + m * kChunk);
-      const auto second = (__m512bh)_mm512_loadu_si512(x + m * kChunk + 32);
-      const F half = _mm512_dpbf16_ps(sums[m * R + r], first, pair.first);
-      sums[m * R + r] = _mm512_dpbf16_ps(half, second, pair.second);
+  }
+  VRAMKIT_UNROLL for (int m = 0; m < M; ++m) {
+    const auto first = (__m512bh)_mm512_loadu_si512(x + m * kChunk);
+    const auto second = (__m512bh)_mm512_loadu_si512(x + m * kChunk + 32);
+    VRAMKIT_UNROLL for (int r = 0; r < R; ++r) {
+      sums[m * R + r] = _mm512_dpbf16_ps(sums[m * R + r], first, pair[r].first);
+      sums[m * R + r] = _mm512_dpbf16_ps(sums[m * R + r], second, pair[r].second);
     }
   }
 }
@@ -486,7 +525,7 @@ void linear_chunks(const Weight& weight, const void* x, std::int64_t count, std:
   const std::int64_t cols = weight.at.cols, all = (cols + kChunk - 1) / kChunk;
   const std::int64_t rows_in_turn = all > block ? most_rows : R;
   const Decoder decoder(weight);
-  const Chunks chunks(x, count, x_stride, cols, M, Decoder::split);
+  const Chunks chunks(x, count, x_stride, cols, M, Decoder::order);
   const RowScales scales(weight, static_cast<int>(rows_in_turn));
   const Scratch<float> partial(rows_in_turn * M * 16);
   auto* target = static_cast<std::uint16_t*>(out);
