@@ -14,11 +14,23 @@ from torch import Tensor
 
 from . import _native  # noqa: F401  (defines the schemas)
 from ._native import _core
-from .formats import _SCALE, _SCALE_F32, _SCALE_FORMAT, _SCALE_NESTED, StorageFormat
+from .formats import (
+    _ENCODER,
+    _ENCODER_BF16,
+    _ENCODER_FP16,
+    _SCALE,
+    _SCALE_F32,
+    _SCALE_FORMAT,
+    _SCALE_NESTED,
+    StorageFormat,
+)
 
 _ops = torch.ops.vramkit
-# Rows of x up to which the fused kernel beats decoding a panel (benchmarks/README.md).
-FUSED_ROWS = 8
+# Rows of x up to which a kernel takes the packed weight itself, by its unit and x's dtype; with more
+# rows, decoding a panel of the weight for torch's own product is faster. Measured: `python -m
+# benchmarks cpu` (benchmarks/README.md).
+_FUSED_ROWS = {("avx512", torch.bfloat16): 96}
+_FUSED_ROWS_ELSEWHERE = 8
 # Bytes of one decoded panel: it fits the shared cache, and few barriers are met.
 _PANEL_BYTES = 4 << 20
 
@@ -106,6 +118,17 @@ def panel_rows(cols: int, itemsize: int, rows: int) -> int:
     return min(rows, max(64, _PANEL_BYTES // max(1, cols * itemsize)))
 
 
+def fused_rows(dtype: torch.dtype) -> int:
+    """Rows of an input of `dtype` up to which its product takes the packed weight itself."""
+    return _FUSED_ROWS.get((_core.active_isa(), dtype), _FUSED_ROWS_ELSEWHERE)
+
+
+def _is_plain(spec: list[int], x: Tensor) -> bool:
+    """Whether the codes are the weight itself in x's dtype, which torch multiplies at full rate."""
+    stored = {_ENCODER_FP16: torch.float16, _ENCODER_BF16: torch.bfloat16}.get(spec[_ENCODER])
+    return stored == x.dtype == _product_dtype(x)
+
+
 def _linear(
     x: Tensor,
     codes: Tensor,
@@ -124,11 +147,14 @@ def _linear(
     out = torch.empty((count, out_features), dtype=x.dtype, device=x.device)
     if not out.numel():
         return out.reshape(*x.shape[:-1], out_features)
-    if _separable(spec, cols) and count <= FUSED_ROWS:
+    if _separable(spec, cols) and count <= fused_rows(x.dtype):
         wide = None if bias is None else bias.to(torch.float32)
         _ops._linear_out(matrix, codes, scales, extra, table, wide, spec, out)
         return out.reshape(*x.shape[:-1], out_features)
-    _panel_product(matrix, codes, scales, extra, table, spec, out)
+    if _is_plain(spec, x):
+        torch.mm(matrix, codes.view(x.dtype).t(), out=out)
+    else:
+        _panel_product(matrix, codes, scales, extra, table, spec, out)
     if bias is not None:
         out += bias
     return out.reshape(*x.shape[:-1], out_features)
@@ -199,9 +225,11 @@ def workspace_bytes(name: str, args: tuple[Any, ...]) -> int:
     x, spec, out_features = args[0], args[6], args[7]
     cols = x.shape[-1]
     count = x.numel() // cols if cols else 0
-    if _separable(spec, cols) and count <= FUSED_ROWS:
+    if _separable(spec, cols) and count <= fused_rows(x.dtype):
         bias = args[5]
         return 0 if bias is None or bias.dtype == torch.float32 else 4 * out_features
+    if _is_plain(spec, x):
+        return 0
     dtype = _product_dtype(x)
     rows = (
         panel_rows(cols, dtype.itemsize, out_features) if _separable(spec, cols) else out_features

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from . import _core
-from ._operators import FUSED_ROWS
+from ._operators import fused_rows
 from .layers import QuantizedLayer
 from .sizes import format_size
 
@@ -94,8 +95,8 @@ def _kernel(layer: QuantizedLayer) -> str:
     isa = _core.active_isa()
     if isinstance(layer, nn.Embedding):
         return f"{isa} row gather"
-    if layer.storage_format.storage_dtype == layer.compute_dtype:
-        return "torch"
     if not layer.storage_format.row_separable(layer.weight_shape[-1]):
         return f"{isa} decode + torch"
-    return f"{isa} fused to {FUSED_ROWS} rows, then panels + torch"
+    rows = fused_rows(layer.compute_dtype)
+    rest = "torch" if layer.storage_format.storage_dtype == torch.bfloat16 else "panels + torch"
+    return f"{isa} fused to {rows} rows, then {rest}"

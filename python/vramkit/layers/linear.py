@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from .base import QuantizedLayer, autocast_dtype, check_float, register_kind
 
@@ -32,10 +31,6 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
                 f"(a converted Linear of {self.in_features} to {self.out_features} features)"
             )
         fmt = self.storage_format
-        if fmt.storage_dtype == x.dtype:
-            weight = self.codes.view(x.dtype)
-            bias = self.bias if self.bias is None else self.bias.to(x.dtype)
-            return functional.linear(x, weight, bias)
         out: Tensor = torch.ops.vramkit.linear(
             x,
             self.codes,
