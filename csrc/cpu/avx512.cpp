@@ -122,6 +122,8 @@ struct Simd {
 }  // namespace
 }  // namespace vramkit::cpu
 
+#include "cpu/int8_avx512.hpp"
+#include "cpu/int8_vector.hpp"
 #include "cpu/vector_kernels.hpp"
 
 namespace vramkit::cpu {

@@ -294,7 +294,7 @@ void linear(const Weight& weight, const void* x, DType type, std::int64_t count,
   });
 }
 
-constexpr Kernels vector_kernels{Simd::name, quantize, dequantize, linear};
+constexpr Kernels vector_kernels{Simd::name, quantize, dequantize, linear, int8_kernels};
 
 }  // namespace
 }  // namespace vramkit::cpu
