@@ -1,8 +1,10 @@
-// Products of 8-bit integers: what every instruction-set unit provides for dynamic INT8 and LLM.int8.
+// Products of 8-bit integers: what every instruction-set unit provides for dynamic INT8 and
+// LLM.int8.
 //
-// Activations are quantized row by row (a row is a token), weights lie row-major as they are stored,
-// and the sums are exact int32. A float comes out as
-//   activate(sum * weight_scale * row_scale + outliers + bias), in float32, rounded once to `type`.
+// Activations are quantized row by row (a row is a token), weights lie row-major as they are
+// stored, and the sums are exact int32. A float comes out as
+//   activate(sum * weight_scale * (absmax / 127) + outliers + bias), in float32, rounded once to
+//   `type`.
 #pragma once
 #include <cstdint>
 
@@ -15,9 +17,11 @@ enum class Activation : std::int64_t { none = 0, gelu = 1, gelu_tanh = 2, silu =
 // Products this long cannot leave int32: 127 * 128 * 2^17 < 2^31.
 inline constexpr std::int64_t kInt8Longest = std::int64_t{1} << 17;
 
-// Codes of x lie in blocks of this many columns, so that the few rows and columns that are in use at
-// a time do not compete for the same lines of the first-level cache: [blocks][rows][stride].
+// Codes of x lie in blocks of this many columns, so that the few rows and columns that are in use
+// at a time do not compete for the same lines of the first-level cache: [blocks][rows][stride].
 inline constexpr std::int64_t kInt8Depth = 2048;
+// What one task of a product covers at least: rows of x, rows of the weight.
+inline constexpr std::int64_t kInt8ChunkRows = 128, kInt8ChunkCols = 64;
 // Distance between rows within a block.
 constexpr std::int64_t int8_row_stride(std::int64_t cols) {
   return cols >= kInt8Depth ? kInt8Depth + 64 : (cols + 63) / 64 * 64 + (cols % 128 ? 0 : 64);
@@ -26,13 +30,13 @@ constexpr std::int64_t int8_blocks(std::int64_t cols) {
   return (cols + kInt8Depth - 1) / kInt8Depth;
 }
 
-// Rows quantized to int8: scale = absmax / 127. A row with NaN (or, without a threshold, infinity)
-// has zero codes and a NaN scale, so that everything computed from it is NaN.
+// Rows quantized to int8: code = rint(x * (127 / absmax)). A row with NaN (or, without a threshold,
+// infinity) has zero codes and a NaN absmax, so that everything computed from it is NaN.
 struct Int8Rows {
   std::int8_t* codes = nullptr;
   std::int64_t stride = 0;  // between rows
   std::int64_t block = 0;   // between blocks of kInt8Depth columns
-  float* scales = nullptr;
+  float* absmax = nullptr;
   std::int32_t* sums = nullptr;  // of a row's codes
 };
 
@@ -41,7 +45,7 @@ struct Int8Product {
   const std::int8_t* x = nullptr;
   std::int64_t x_stride = 0;
   std::int64_t x_block = 0;
-  const float* x_scales = nullptr;
+  const float* x_absmax = nullptr;
   const std::int32_t* x_sums = nullptr;
   const std::int8_t* weight = nullptr;
   std::int64_t weight_stride = 0;

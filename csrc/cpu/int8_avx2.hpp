@@ -32,8 +32,7 @@ struct Dot {
     for (int m = 0; m < M; ++m) {
       const V all = _mm256_hadd_epi32(_mm256_hadd_epi32(acc[m][0], acc[m][1]),
                                       _mm256_hadd_epi32(acc[m][2], acc[m][3]));
-      __m128i four =
-          _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+      __m128i four = _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
       auto target = reinterpret_cast<__m128i*>(sums + m * 4);
       if (add) four = _mm_add_epi32(four, _mm_loadu_si128(target));
       _mm_storeu_si128(target, four);
@@ -42,9 +41,8 @@ struct Dot {
 
   // Eight neighbouring sums: four, from each of two tiles `stride` apart.
   static Simd::I gather(const std::int32_t* p, std::int64_t stride) {
-    return (Simd::I)_mm256_set_m128i(
-        _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + stride)),
-        _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return (Simd::I)_mm256_set_m128i(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + stride)),
+                                     _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
 };
 

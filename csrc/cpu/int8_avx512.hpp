@@ -1,6 +1,6 @@
-// Dot products of int8 with VNNI: vpdpbusd multiplies unsigned by signed bytes, so the weight's sign
-// bit is flipped (w + 128) and 128 times the sum of x is taken off in the end. Its sums wrap, so
-// nothing is lost on the way.
+// Dot products of int8 with VNNI: vpdpbusd multiplies unsigned by signed bytes, so the weight's
+// sign bit is flipped (w + 128) and 128 times the sum of x is taken off in the end. Its sums wrap,
+// so nothing is lost on the way.
 #pragma once
 
 namespace vramkit::cpu {
@@ -42,10 +42,10 @@ struct Dot {
     } else {
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m) {
-        const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(row[m]),
-                                              _mm512_extracti64x4_epi64(row[m], 1));
-        __m128i four = _mm_add_epi32(_mm256_castsi256_si128(half),
-                                     _mm256_extracti128_si256(half, 1));
+        const __m256i half =
+            _mm256_add_epi32(_mm512_castsi512_si256(row[m]), _mm512_extracti64x4_epi64(row[m], 1));
+        __m128i four =
+            _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
         auto target = reinterpret_cast<__m128i*>(sums + m * 4);
         if (add) four = _mm_add_epi32(four, _mm_loadu_si128(target));
         _mm_storeu_si128(target, four);
@@ -67,10 +67,10 @@ struct Dot {
   static V flip(V w) { return _mm512_xor_si512(w, _mm512_set1_epi8(-128)); }
   // Four vectors to one whose every 128-bit lane holds a partial sum of each.
   static V quads(const V (&a)[4]) {
-    const V low = _mm512_add_epi32(_mm512_unpacklo_epi32(a[0], a[1]),
-                                   _mm512_unpackhi_epi32(a[0], a[1]));
-    const V high = _mm512_add_epi32(_mm512_unpacklo_epi32(a[2], a[3]),
-                                    _mm512_unpackhi_epi32(a[2], a[3]));
+    const V low =
+        _mm512_add_epi32(_mm512_unpacklo_epi32(a[0], a[1]), _mm512_unpackhi_epi32(a[0], a[1]));
+    const V high =
+        _mm512_add_epi32(_mm512_unpacklo_epi32(a[2], a[3]), _mm512_unpackhi_epi32(a[2], a[3]));
     return _mm512_add_epi32(_mm512_unpacklo_epi64(low, high), _mm512_unpackhi_epi64(low, high));
   }
   // Neighbouring 128-bit lanes added: a's two sums, then b's.

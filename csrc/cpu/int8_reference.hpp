@@ -37,10 +37,11 @@ void quantize_int8(const void* x, DType type, std::int64_t cols, std::int64_t st
       if (!std::isnan(absmax) && !is_outlier(v)) {
         q = std::min(std::max(std::nearbyintf(v * factor), -127.0f), 127.0f);
       }
-      out.codes[r * out.stride + k / kInt8Depth * out.block + k % kInt8Depth] = static_cast<std::int8_t>(q);
+      out.codes[r * out.stride + k / kInt8Depth * out.block + k % kInt8Depth] =
+          static_cast<std::int8_t>(q);
       sum += static_cast<std::int32_t>(q);
     }
-    out.scales[r] = absmax / 127.0f;
+    out.absmax[r] = absmax;
     out.sums[r] = sum;
   }
 }
@@ -86,7 +87,7 @@ void product_int8(const Int8Product& job, std::int64_t row, std::int64_t row_end
         continue;
       }
       const float scale = read<float>(job.weight_scales, n);
-      float value = static_cast<float>(sum) * scale * job.x_scales[i];
+      float value = static_cast<float>(sum) * scale * (job.x_absmax[i] / 127.0f);
       if (job.outlier_count) {
         float rest = 0.0f;
         for (std::int64_t j = 0; j < job.outlier_count; ++j) {

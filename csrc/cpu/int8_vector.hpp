@@ -18,7 +18,8 @@
 namespace vramkit::cpu {
 namespace {
 
-constexpr std::int64_t kDepth = kInt8Depth, kChunkRows = 128, kChunkCols = 64;
+constexpr std::int64_t kDepth = kInt8Depth, kChunkRows = kInt8ChunkRows,
+                       kChunkCols = kInt8ChunkCols;
 constexpr int kTileCols = 4;
 // From this length on one or two rows of x meet the weight row by row (int8_stream).
 constexpr std::int64_t kStreamCols = 1024;
@@ -33,7 +34,7 @@ inline I outlier_lanes(I magnitude, I threshold) {
 template <DType type>
 void quantize_int8_row(const std::uint8_t* x, std::int64_t cols, float threshold,
                        std::uint8_t* columns, std::int8_t* codes, std::int64_t block,
-                       float* scale_out, std::int32_t* sum_out) {
+                       float* absmax_out, std::int32_t* sum_out) {
   constexpr int size = bytes_of(type);
   const std::int64_t whole = cols - cols % kLanes;
   std::int32_t threshold_bits = 0x7fffffff;  // above every magnitude
@@ -59,7 +60,7 @@ void quantize_int8_row(const std::uint8_t* x, std::int64_t cols, float threshold
   std::memcpy(&absmax, &bits, sizeof(absmax));
   const bool finite = bits < 0x7f800000;
   if (!finite) absmax = __builtin_nanf("");
-  *scale_out = absmax / 127.0f;
+  *absmax_out = absmax;
 
   const bool outliers = Simd::most(any & 1) != 0;
   const F factor = Simd::set1(finite ? encode_factor(absmax, 127.0f) : 0.0f);
@@ -104,8 +105,8 @@ void quantize_int8(const void* x, DType type, std::int64_t cols, std::int64_t st
   with_type(type, [&]<DType from>() {
     for (std::int64_t r = begin; r < end; ++r) {
       const auto row = static_cast<const std::uint8_t*>(x) + r * stride * bytes_of(from);
-      quantize_int8_row<from>(row, cols, threshold, columns, out.codes + r * out.stride,
-                              out.block, out.scales + r, out.sums + r);
+      quantize_int8_row<from>(row, cols, threshold, columns, out.codes + r * out.stride, out.block,
+                              out.absmax + r, out.sums + r);
     }
   });
 }
@@ -122,8 +123,9 @@ void sums_int8(const std::int8_t* x, std::int64_t cols, std::int64_t stride, std
 // sums[m][n] (+)= x[m] . weight[n] over `depth` columns, without the correction by Dot::bias. Reads
 // `A` rows from `ahead` on into the cache as it goes.
 template <int M, int A>
-[[gnu::noinline]] void int8_tile(const std::int8_t* const* x, const std::int8_t* const* w, std::int64_t depth,
-               bool add, const std::int8_t* ahead, std::int64_t stride, std::int32_t* sums) {
+[[gnu::noinline]] void int8_tile(const std::int8_t* const* x, const std::int8_t* const* w,
+                                 std::int64_t depth, bool add, const std::int8_t* ahead,
+                                 std::int64_t stride, std::int32_t* sums) {
   Dot::V acc[M][kTileCols];
 #pragma GCC unroll 4
   for (int m = 0; m < M; ++m) {
@@ -162,8 +164,9 @@ template <int M, int A>
 // The same for one or two rows of x, one row of the weight after the other: memory is read in a
 // single stream, which is what bounds this.
 template <int M>
-[[gnu::noinline]] void int8_stream(const std::int8_t* x, std::int64_t x_stride, std::int64_t x_block,
-                 const std::int8_t* const* w, std::int64_t cols, std::int32_t* sums) {
+[[gnu::noinline]] void int8_stream(const std::int8_t* x, std::int64_t x_stride,
+                                   std::int64_t x_block, const std::int8_t* const* w,
+                                   std::int64_t cols, std::int32_t* sums) {
   constexpr int U = 4 / M;  // vectors in flight
   Dot::V acc[M][kTileCols];
   for (int n = 0; n < kTileCols; ++n) {
@@ -190,8 +193,8 @@ template <int M>
       if (k == depth) continue;
       const typename Dot::W column = Dot::load_w_part(row + k, depth - k);
       for (int m = 0; m < M; ++m) {
-        part[m][0] = Dot::dot(part[m][0], column,
-                              Dot::load_x_part(codes + m * x_stride + k, depth - k));
+        part[m][0] =
+            Dot::dot(part[m][0], column, Dot::load_x_part(codes + m * x_stride + k, depth - k));
       }
     }
     for (int m = 0; m < M; ++m) {
@@ -212,8 +215,8 @@ struct Int8Scratch {
 };
 
 // One or two rows of x times rows [col, col + cols) of a long weight.
-void int8_stream_sums(const Int8Product& job, std::int64_t row, std::int64_t rows,
-                      std::int64_t col, std::int64_t cols, Int8Scratch& scratch) {
+void int8_stream_sums(const Int8Product& job, std::int64_t row, std::int64_t rows, std::int64_t col,
+                      std::int64_t cols, Int8Scratch& scratch) {
   for (std::int64_t n = 0; n < cols; n += kTileCols) {
     const std::int8_t* w[kTileCols];
     for (int j = 0; j < kTileCols; ++j) {
@@ -290,8 +293,8 @@ void int8_outliers(const Int8Product& job, std::int64_t row, std::int64_t rows, 
     with_type(job.type, [&]<DType type>() {
       constexpr int size = bytes_of(type);
       for (std::int64_t i = 0; i < rows; ++i) {
-        const auto x = static_cast<const std::uint8_t*>(job.values) +
-                       (row + i) * job.values_stride * size;
+        const auto x =
+            static_cast<const std::uint8_t*>(job.values) + (row + i) * job.values_stride * size;
         for (std::int64_t j = 0; j < count; ++j) {
           s.values[i * kChunkCols + j] = load_part<type>(x + columns[j] * size, 1)[0];
         }
@@ -328,7 +331,7 @@ void int8_finish(const Int8Product& job, std::int64_t row, std::int64_t rows, st
   if (job.bias) std::memcpy(bias, job.bias + col, static_cast<std::size_t>(cols) * 4);
   for (std::int64_t i = 0; i < rows; ++i) {
     const std::int32_t correction = Dot::bias * job.x_sums[row + i];
-    const F row_scale = Simd::set1(job.x_scales[row + i]);
+    const F row_scale = Simd::set1(job.x_absmax[row + i] / 127.0f);
     auto out = static_cast<std::uint8_t*>(job.out) + ((row + i) * job.out_stride + col) * size;
     for (std::int64_t n = 0; n < cols; n += kLanes) {
       const I sum = Dot::gather(s.sums + n * kChunkRows + i * kTileCols, kChunkRows * kTileCols);

@@ -241,8 +241,8 @@ SortedTable sort_table(const std::vector<float>& table) {
 }
 
 const Kernels& reference_kernels() {
-  static const Kernels kernels{"scalar", quantize, dequantize, linear,
-                               {quantize_int8, sums_int8, product_int8}};
+  static const Kernels kernels{
+      "scalar", quantize, dequantize, linear, {quantize_int8, sums_int8, product_int8}};
   return kernels;
 }
 

@@ -55,9 +55,9 @@ inline F two_to(I n) { return (F)((n + 127) << 23); }
   const F one = Simd::set1(1.0f);
   const F z = a * Simd::set1(0.707106781f);
   const F t = one / Simd::fma(z, Simd::set1(0.5f), one);
-  constexpr float c[] = {-0.126550825f, 0.882468406f,  -2.559873574f, 3.905368011f,
-                         -3.24539881f,  1.481192596f,  -0.636541898f, 0.205632416f,
-                         0.357903111f,  1.001359383f,  -1.265558809f};
+  constexpr float c[] = {-0.126550825f, 0.882468406f, -2.559873574f, 3.905368011f,
+                         -3.24539881f,  1.481192596f, -0.636541898f, 0.205632416f,
+                         0.357903111f,  1.001359383f, -1.265558809f};
   const F lower = Simd::set1(0.5f) * t * exp(Simd::fma(a * Simd::set1(-0.5f), a, horner(t, c)));
   const F phi = x < 0.0f ? lower : one - lower;
   // Not -inf * 0 for -inf: the limit, as from below.
@@ -71,9 +71,7 @@ inline F two_to(I n) { return (F)((n + 127) << 23); }
   return limited * sigmoid(u * Simd::set1(1.595769122f));
 }
 
-[[maybe_unused]] inline F silu(F x) {
-  return Simd::max(Simd::set1(-1e30f), x) * sigmoid(x);
-}
+[[maybe_unused]] inline F silu(F x) { return Simd::max(Simd::set1(-1e30f), x) * sigmoid(x); }
 
 }  // namespace
 }  // namespace vramkit::cpu

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .._operators_int8 import linear_int8
 from .base import QuantizedLayer, autocast_dtype, check_float, register_kind
 
 
@@ -13,7 +14,8 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
     """y = x W^T + b, with W decoded as it is used.
 
     x: [..., in_features] in float32, bfloat16 or float16; y has x's dtype (autocast's where it is
-    on). Products accumulate in float32. Gradients flow to x and to the bias.
+    on). Products accumulate in float32. Gradients flow to x and to the bias. In formats with
+    activations (int8_dynamic, llm_int8) the rows of x are quantized and products are exact int32.
     """
 
     in_features: int
@@ -32,6 +34,10 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
                 f"(a converted Linear of {self.in_features} to {self.out_features} features)"
             )
         fmt = self.storage_format
+        if fmt.activations:
+            return linear_int8(
+                x, self.codes, self.scales, self.bias, fmt.threshold, "none", self.out_features
+            )
         if fmt.storage_dtype == x.dtype:
             weight = self.codes.view(x.dtype)
             bias = self.bias if self.bias is None else self.bias.to(x.dtype)
