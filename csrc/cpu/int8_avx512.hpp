@@ -36,7 +36,7 @@ struct Dot {
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m) row[m] = quads(acc[m]);
     if constexpr (M == 4) {
-      V all = halves(halves(row[0], row[1]), halves(row[2], row[3]));
+      V all = lanes(row);
       if (add) all = _mm512_add_epi32(all, _mm512_loadu_si512(sums));
       _mm512_storeu_si512(sums, all);
     } else {
@@ -65,17 +65,26 @@ struct Dot {
 
  private:
   static V flip(V w) { return _mm512_xor_si512(w, _mm512_set1_epi8(-128)); }
+  // a's lanes outside `mask` and b's within it, each with its partner under `swap` added. Blends
+  // and one shuffle: two shuffles (unpack low, high) would compete with the dot products for a
+  // port.
+  template <class Swap>
+  static V merge(V a, V b, __mmask16 mask, const Swap& swap) {
+    return _mm512_add_epi32(_mm512_mask_mov_epi32(a, mask, b),
+                            swap(_mm512_mask_mov_epi32(b, mask, a)));
+  }
   // Four vectors to one whose every 128-bit lane holds a partial sum of each.
   static V quads(const V (&a)[4]) {
-    const V low =
-        _mm512_add_epi32(_mm512_unpacklo_epi32(a[0], a[1]), _mm512_unpackhi_epi32(a[0], a[1]));
-    const V high =
-        _mm512_add_epi32(_mm512_unpacklo_epi32(a[2], a[3]), _mm512_unpackhi_epi32(a[2], a[3]));
-    return _mm512_add_epi32(_mm512_unpacklo_epi64(low, high), _mm512_unpackhi_epi64(low, high));
+    const auto one = [](V v) { return _mm512_shuffle_epi32(v, _MM_PERM_CDAB); };
+    const auto two = [](V v) { return _mm512_shuffle_epi32(v, _MM_PERM_BADC); };
+    return merge(merge(a[0], a[1], 0xaaaa, one), merge(a[2], a[3], 0xaaaa, one), 0xcccc, two);
   }
-  // Neighbouring 128-bit lanes added: a's two sums, then b's.
-  static V halves(V a, V b) {
-    return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
+  // The sums of four such vectors, lane by lane.
+  static V lanes(const V (&row)[4]) {
+    const auto one = [](V v) { return _mm512_shuffle_i64x2(v, v, 0xb1); };
+    const auto two = [](V v) { return _mm512_shuffle_i64x2(v, v, 0x4e); };
+    return merge(merge(row[0], row[1], 0xf0f0, one), merge(row[2], row[3], 0xf0f0, one), 0xff00,
+                 two);
   }
 };
 

@@ -120,45 +120,55 @@ void sums_int8(const std::int8_t* x, std::int64_t cols, std::int64_t stride, std
   }
 }
 
-// sums[m][n] (+)= x[m] . weight[n] over `depth` columns, without the correction by Dot::bias. Reads
-// `A` rows from `ahead` on into the cache as it goes.
+// `tiles` times M rows of x, from `x` on, with four rows of the weight over `depth` columns:
+// sums[m][n] (+)= x[m] . w[n], without the correction by Dot::bias. Each tile reads `A` more rows
+// from `ahead` on into the cache, until four are read.
 template <int M, int A>
-[[gnu::noinline]] void int8_tile(const std::int8_t* const* x, const std::int8_t* const* w,
-                                 std::int64_t depth, bool add, const std::int8_t* ahead,
-                                 std::int64_t stride, std::int32_t* sums) {
-  Dot::V acc[M][kTileCols];
+[[gnu::noinline]] void int8_strip(const std::int8_t* x, std::int64_t x_stride, std::int64_t tiles,
+                                  const std::int8_t* const* w, std::int64_t depth, bool add,
+                                  const std::int8_t* ahead, std::int64_t stride,
+                                  std::int32_t* sums) {
+  const std::int8_t *w0 = w[0], *w1 = w[1], *w2 = w[2], *w3 = w[3];
+  for (std::int64_t tile = 0; tile < tiles; ++tile, x += M * x_stride, sums += M * kTileCols) {
+    Dot::V acc[M][kTileCols];
 #pragma GCC unroll 4
-  for (int m = 0; m < M; ++m) {
+    for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 4
-    for (int n = 0; n < kTileCols; ++n) acc[m][n] = Dot::V{};
-  }
-  std::int64_t k = 0;
-  for (; k + Dot::step <= depth; k += Dot::step) {
-    typename Dot::X rows[M];
-#pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) rows[m] = Dot::load_x(x[m] + k);
-    for (int a = 0; a < A; ++a) {
-      _mm_prefetch(reinterpret_cast<const char*>(ahead + a * stride + k), _MM_HINT_T1);
+      for (int n = 0; n < kTileCols; ++n) acc[m][n] = Dot::V{};
     }
+    std::int64_t k = 0;
+    for (; k + Dot::step <= depth; k += Dot::step) {
+      typename Dot::X rows[M];
 #pragma GCC unroll 4
-    for (int n = 0; n < kTileCols; ++n) {
-      const typename Dot::W column = Dot::load_w(w[n] + k);
+      for (int m = 0; m < M; ++m) rows[m] = Dot::load_x(x + m * x_stride + k);
 #pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) acc[m][n] = Dot::dot(acc[m][n], column, rows[m]);
+      for (int a = 0; a < A; ++a) {
+        _mm_prefetch(reinterpret_cast<const char*>(ahead + a * stride + k), _MM_HINT_T1);
+      }
+#pragma GCC unroll 4
+      for (int n = 0; n < kTileCols; ++n) {
+        const std::int8_t* row = n == 0 ? w0 : n == 1 ? w1 : n == 2 ? w2 : w3;
+        const typename Dot::W column = Dot::load_w(row + k);
+#pragma GCC unroll 4
+        for (int m = 0; m < M; ++m) acc[m][n] = Dot::dot(acc[m][n], column, rows[m]);
+      }
     }
-  }
-  if (k < depth) {
-    typename Dot::X rows[M];
+    if (k < depth) {
+      typename Dot::X rows[M];
 #pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) rows[m] = Dot::load_x_part(x[m] + k, depth - k);
+      for (int m = 0; m < M; ++m) rows[m] = Dot::load_x_part(x + m * x_stride + k, depth - k);
 #pragma GCC unroll 4
-    for (int n = 0; n < kTileCols; ++n) {
-      const typename Dot::W column = Dot::load_w_part(w[n] + k, depth - k);
+      for (int n = 0; n < kTileCols; ++n) {
+        const std::int8_t* row = n == 0 ? w0 : n == 1 ? w1 : n == 2 ? w2 : w3;
+        const typename Dot::W column = Dot::load_w_part(row + k, depth - k);
 #pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) acc[m][n] = Dot::dot(acc[m][n], column, rows[m]);
+        for (int m = 0; m < M; ++m) acc[m][n] = Dot::dot(acc[m][n], column, rows[m]);
+      }
     }
+    Dot::reduce(acc, add, sums);
+    ahead = (tile + 1) * A < kTileCols ? ahead + A * stride : w0;
+    if (ahead == w0) stride = 0;
   }
-  Dot::reduce(acc, add, sums);
 }
 
 // The same for one or two rows of x, one row of the weight after the other: memory is read in a
@@ -243,35 +253,31 @@ void int8_sums(const Int8Product& job, std::int64_t row, std::int64_t rows, std:
       for (int j = 0; j < kTileCols; ++j) {
         w[j] = job.weight + smaller(col + n + j, end - 1) * job.weight_stride + first;
       }
-      // The next rows of the weight, a share with each tile.
-      const std::int64_t next = smaller(col + n + kTileCols, end - 1);
-      const std::int8_t* ahead = job.weight + next * job.weight_stride + first;
-      const std::int64_t tiles = (rows + Dot::rows - 1) / Dot::rows;
-      const int share = next + kTileCols > end ? 0 : tiles == 1 ? 4 : tiles <= 3 ? 2 : 1;
-      int asked = share ? 0 : kTileCols;
-      for (std::int64_t m = 0; m < rows; m += Dot::rows) {
-        const std::int8_t* x[Dot::rows];
-        for (int i = 0; i < Dot::rows; ++i) {
-          x[i] = block + smaller(row + m + i, row + rows - 1) * job.x_stride;
-        }
-        std::int32_t* sums = scratch.sums + n * kChunkRows + m * kTileCols;
-        const bool add = first > 0;
-        auto run = [&]<int M>() {
-          const std::int64_t stride = job.weight_stride;
-          const std::int8_t* from = ahead + asked * stride;
-          if (asked == kTileCols) return int8_tile<M, 0>(x, w, depth, add, from, stride, sums);
-          asked += share;
-          if (share == 1) return int8_tile<M, 1>(x, w, depth, add, from, stride, sums);
-          if (share == 2) return int8_tile<M, 2>(x, w, depth, add, from, stride, sums);
-          return int8_tile<M, 4>(x, w, depth, add, from, stride, sums);
-        };
-        if (Dot::rows == 4 && rows - m > 2) {
-          run.template operator()<Dot::rows>();
-        } else if (rows - m > 1) {
-          run.template operator()<2>();
-        } else {
-          run.template operator()<1>();
-        }
+      const std::int64_t next = col + n + kTileCols;
+      const bool more = next + kTileCols <= end;
+      const std::int8_t* ahead = more ? job.weight + next * job.weight_stride + first : w[0];
+      const std::int64_t stride = more ? job.weight_stride : 0;
+      const std::int8_t* x = block + row * job.x_stride;
+      std::int32_t* sums = scratch.sums + n * kChunkRows;
+      const std::int64_t whole = rows / Dot::rows;
+      const bool add = first > 0;
+      if (whole) {
+        const auto strip = whole == 1   ? int8_strip<Dot::rows, 4>
+                           : whole <= 3 ? int8_strip<Dot::rows, 2>
+                                        : int8_strip<Dot::rows, 1>;
+        strip(x, job.x_stride, whole, w, depth, add, ahead, stride, sums);
+      }
+      std::int64_t done = whole * Dot::rows;
+      if (rows - done > 1) {
+        const auto strip = whole ? int8_strip<2, 1> : int8_strip<2, 4>;
+        strip(x + done * job.x_stride, job.x_stride, 1, w, depth, add, whole ? w[0] : ahead,
+              whole ? 0 : stride, sums + done * kTileCols);
+        done += 2;
+      }
+      if (done < rows) {
+        const auto strip = whole ? int8_strip<1, 1> : int8_strip<1, 4>;
+        strip(x + done * job.x_stride, job.x_stride, 1, w, depth, add, done ? w[0] : ahead,
+              done ? 0 : stride, sums + done * kTileCols);
       }
     }
   }
