@@ -92,7 +92,7 @@ def product_rate() -> float:
 
     Measured by a native loop on every thread that torch uses.
     """
-    return float(torch.ops.vramkit._int8_peak())
+    return float(torch.ops.vramkit._int8_peak(torch.empty(torch.get_num_threads())))
 
 
 def _converted(name: str) -> Callable[[nn.Linear], nn.Module]:

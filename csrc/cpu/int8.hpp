@@ -30,8 +30,8 @@ constexpr std::int64_t int8_blocks(std::int64_t cols) {
   return (cols + kInt8Depth - 1) / kInt8Depth;
 }
 
-// Rows quantized to int8: code = rint(x * (127 / absmax)). A row with NaN (or, without a threshold,
-// infinity) has zero codes and a NaN absmax, so that everything computed from it is NaN.
+// Rows quantized to int8: code = rint(x * int8_factor(absmax)). A row with NaN (or, without a
+// threshold, infinity) has zero codes and a NaN absmax, so that everything computed from it is NaN.
 struct Int8Rows {
   std::int8_t* codes = nullptr;
   std::int64_t stride = 0;  // between rows
@@ -78,6 +78,9 @@ struct Int8Kernels {
   // Rows [row, row_end) of x times rows [begin, end) of the weight.
   void (*product)(const Int8Product& job, std::int64_t row, std::int64_t row_end,
                   std::int64_t begin, std::int64_t end);
+  // Multiplies operands that stay in registers, for the benchmarks' limit. Returns how many
+  // products `rounds` rounds are.
+  std::int64_t (*spin)(std::int64_t rounds);
 };
 
 }  // namespace vramkit::cpu

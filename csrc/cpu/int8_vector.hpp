@@ -12,6 +12,7 @@
 //              applied to whole vectors.
 // While a tile's rows of the weight are in use the next ones are asked for, line by line.
 #pragma once
+#include "cpu/int8_encode.hpp"
 #include "cpu/vector_common.hpp"
 #include "cpu/vector_math.hpp"
 
@@ -63,7 +64,7 @@ void quantize_int8_row(const std::uint8_t* x, std::int64_t cols, float threshold
   *absmax_out = absmax;
 
   const bool outliers = Simd::most(any & 1) != 0;
-  const F factor = Simd::set1(finite ? encode_factor(absmax, 127.0f) : 0.0f);
+  const F factor = Simd::set1(finite ? int8_factor(absmax) : 0.0f);
   const I keep = I{} - (finite ? 1 : 0);
   I sum = {};
   auto code = [&](F v) __attribute__((always_inline)) {
@@ -400,7 +401,25 @@ void product_int8(const Int8Product& job, std::int64_t row, std::int64_t row_end
   }
 }
 
-constexpr Int8Kernels int8_kernels{quantize_int8, sums_int8, product_int8};
+std::int64_t spin_int8(std::int64_t rounds) {
+  constexpr int count = 8;
+  const std::int8_t ones[64] = {};
+  Dot::V sums[count];
+#pragma GCC unroll 8
+  for (int i = 0; i < count; ++i) sums[i] = Dot::V{};
+  typename Dot::X x = Dot::load_x(ones);
+  const typename Dot::W w = Dot::load_w(ones);
+  for (std::int64_t r = 0; r < rounds; ++r) {
+    asm volatile("" : "+v"(x));  // nothing to hoist
+#pragma GCC unroll 8
+    for (int i = 0; i < count; ++i) sums[i] = Dot::dot(sums[i], w, x);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < count; ++i) asm volatile("" : : "v"(sums[i]));
+  return rounds * count * Dot::step;
+}
+
+constexpr Int8Kernels int8_kernels{quantize_int8, sums_int8, product_int8, spin_int8};
 
 }  // namespace
 }  // namespace vramkit::cpu

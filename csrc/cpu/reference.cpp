@@ -242,7 +242,7 @@ SortedTable sort_table(const std::vector<float>& table) {
 
 const Kernels& reference_kernels() {
   static const Kernels kernels{
-      "scalar", quantize, dequantize, linear, {quantize_int8, sums_int8, product_int8}};
+      "scalar", quantize, dequantize, linear, {quantize_int8, sums_int8, product_int8, spin_int8}};
   return kernels;
 }
 

@@ -34,6 +34,8 @@ inline constexpr const char* kSchemas[] = {
     "int activation, Tensor(a!) workspace, Tensor(b!) out) -> ()",
     "_quantize_rows_out(Tensor x, float threshold, Tensor(a!) codes, Tensor(b!) absmax, "
     "Tensor(c!) columns) -> ()",
+    // int8 products per second with operands in registers, on as many threads as `threads` is long.
+    "_int8_peak(Tensor threads) -> float",
     "_int8_mm_out(Tensor a, Tensor b, Tensor(a!) out) -> ()",
     // [sum of squared differences between x and the stored weight, sum of squares of x], float64;
     // columns weighted by `importance` where given.

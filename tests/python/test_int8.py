@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import vramkit
-from numerics import UNIT, assert_within, gamma
-from test_real_weights import SLACK, Setting
+from numerics import SAME_ROUNDINGS, UNIT, assert_within, gamma
+from test_real_weights import Setting
 from torch import Tensor, nn
 from torch.library import opcheck
 from vramkit._operators import encode, workspace_bytes
@@ -116,10 +116,18 @@ def test_fused_activations(activation: str) -> None:
         "gelu_tanh": lambda v: nn.functional.gelu(v, approximate="tanh"),
         "silu": nn.functional.silu,
     }[activation]
-    expected = plain(inner.double())
+    with torch.no_grad():
+        v = inner.double()
+        # Without the cancellation of 1 + erf and 1 + tanh, which even float64 shows.
+        expected = {
+            "gelu": v * 0.5 * torch.erfc(-v * 0.5**0.5),
+            "gelu_tanh": v * torch.sigmoid(1.5957691216057308 * (v + 0.044715 * v**3)),
+            "silu": v * torch.sigmoid(v),
+        }[activation]
     fused = ops.linear_int8(x, codes, scales, bias, 0.0, activation, 40)
-    # A few ulp of float32; relative to the argument where erfc's exponent is large.
-    assert_within(fused, expected, 2.0**-21 * expected.abs() * (1 + inner.double() ** 2) + 1e-30)
+    # A few ulp of float32, and those of the exponent that an error function's tail consists of.
+    room = 2.0**-21 * expected.abs() * (1 + v.abs() ** 3) + 1e-36
+    assert_within(fused.detach(), expected, room)
     wanted = torch.autograd.grad(plain(inner).sum(), (x, bias))
     got = torch.autograd.grad(fused.sum(), (x, bias))
     for a, b in zip(got, wanted, strict=True):
@@ -212,7 +220,7 @@ def test_converted_models(name: str, tmp_path: Path) -> None:
     assert layer.storage_format.activations == name.split("@")[0]
     ids = torch.randint(30, (3, 7))
     y = model(ids)
-    error = float((y - plain(ids)).norm() / plain(ids).norm())
+    error = float((y - plain(ids)).detach().norm() / plain(ids).norm())
     assert 0 < error < 0.03  # 8 bits on both sides of two products: about 1 % each
     with torch.inference_mode():
         assert torch.equal(model(ids), y)  # the short way and the dispatcher's
@@ -279,13 +287,35 @@ def minilm(minilm_path: Path) -> Setting:
     return Setting(minilm_path)
 
 
-@pytest.mark.parametrize(
-    ("name", "error", "cosine"), [("int8_dynamic", 0.0705, 0.9964), ("llm_int8", 0.0281, 0.99938)]
-)
-def test_error_on_real_weights(minilm: Setting, name: str, error: float, cosine: float) -> None:
-    """No worse than torchao's dynamic INT8 and bitsandbytes' LLM.int8, as measured with them."""
+def linears(model: Any, name: str) -> dict[str, str]:
+    return {n: name for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+
+
+def test_dynamic_int8_on_real_weights(minilm: Setting) -> None:
+    """torchao 0.18's Int8DynamicActivationInt8Weight gives 0.0755 and 0.99628 here."""
     model = copy.deepcopy(minilm.reference)
-    linear = {n: name for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    vramkit.convert(model, linear)
-    assert minilm.error(model) <= error * SLACK
-    assert minilm.cosine(model) >= cosine - (1 - cosine) * (SLACK - 1)
+    vramkit.convert(model, linears(model, "int8_dynamic"))
+    assert minilm.error(model) <= 0.0755
+    assert minilm.cosine(model) >= 0.9962
+
+
+def test_llm_int8_on_real_weights(minilm: Setting) -> None:
+    import bitsandbytes as bnb
+
+    theirs = copy.deepcopy(minilm.reference)
+    for parent in list(theirs.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                layer = bnb.nn.Linear8bitLt(
+                    child.in_features, child.out_features, has_fp16_weights=False, threshold=6.0
+                )
+                layer.weight = bnb.nn.Int8Params(child.weight.data.clone(), requires_grad=False)
+                layer.bias = nn.Parameter(child.bias.data.clone())
+                setattr(parent, name, layer)
+    model = copy.deepcopy(minilm.reference)
+    vramkit.convert(model, linears(model, "llm_int8"))
+    assert minilm.error(model) <= minilm.error(theirs.eval()) * SAME_ROUNDINGS
+    for threshold in ("5.0", "3.0"):  # less is rounded
+        finer = copy.deepcopy(minilm.reference)
+        vramkit.convert(finer, linears(finer, f"llm_int8@{threshold}"))
+        assert minilm.error(finer) <= minilm.error(model)
