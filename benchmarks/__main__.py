@@ -13,6 +13,7 @@ SUITES = {
     "frontier": "bytes against quality on real weights, and the picture of it",
     "imports": "time of `import vramkit` after `import torch`",
     "cpu": "one Linear on the CPU, by format and rows, against the peers and the limit",
+    "int8": "dynamic INT8 and LLM.int8 on the CPU, against torch, bitsandbytes and the limit",
 }
 
 
@@ -23,7 +24,7 @@ def main() -> int:
     for name, text in SUITES.items():
         sub = suites.add_parser(name, help=text)
         sub.add_argument("--json", metavar="PATH", help="write the results here")
-        if name == "cpu":
+        if name in ("cpu", "int8"):
             sub.add_argument("--size", type=int, default=4096)
             sub.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64, 512])
             sub.add_argument("--threads", type=int, default=2)

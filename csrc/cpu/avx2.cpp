@@ -137,11 +137,13 @@ struct Simd {
 }  // namespace
 }  // namespace vramkit::cpu
 
+#include "cpu/int8_avx2.hpp"
+#include "cpu/int8_vector.hpp"
 #include "cpu/vector_kernels.hpp"
 
 namespace vramkit::cpu {
 namespace {
-constexpr Kernels kernels{Simd::name, quantize, dequantize, linear};
+constexpr Kernels kernels{Simd::name, quantize, dequantize, linear, int8_kernels};
 }  // namespace
 const Kernels* avx2_kernels() { return &kernels; }
 }  // namespace vramkit::cpu

@@ -122,13 +122,15 @@ struct Simd {
 }  // namespace
 }  // namespace vramkit::cpu
 
+#include "cpu/int8_avx512.hpp"
+#include "cpu/int8_vector.hpp"
 #include "cpu/vector_kernels.hpp"
 // After the kernels that they build on.
 #include "cpu/bf16_product.hpp"
 
 namespace vramkit::cpu {
 namespace {
-constexpr Kernels kernels{Simd::name, quantize, dequantize_avx512, linear_avx512};
+constexpr Kernels kernels{Simd::name, quantize, dequantize_avx512, linear_avx512, int8_kernels};
 }  // namespace
 const Kernels* avx512_kernels() { return &kernels; }
 }  // namespace vramkit::cpu

@@ -1,13 +1,14 @@
 // Products of many bfloat16 rows with a stored weight on AVX-512 BF16: a few weight rows at a time
 // are decoded into memory that stays in the second-level cache, and multiplied with all rows of x.
 //
-// Both operands lie along the columns, so a tile of kTileRows x kTileCols sums needs no packing:
-// each sum has a vector of partial sums that is added up over its lanes at the end. Per step of 32
-// columns a tile loads 10 vectors for 24 products.
+// Both operands lie along the columns, so a tile of kProductRows x kProductCols sums needs no
+// packing: each sum has a vector of partial sums that is added up over its lanes at the end. Per
+// step of 32 columns a tile loads 10 vectors for 24 products.
 //
-//            kTileCols rows of the weight (decoded, a block of kBlock columns stays in L1)
+//            kProductCols rows of the weight (decoded, a block of kProductBlock columns stays in
+//            L1)
 //   x rows   [ . . . . . . ]
-//   of a     [ . . . . . . ]   kTileRows x kTileCols vectors of partial sums in registers
+//   of a     [ . . . . . . ]   kProductRows x kProductCols vectors of partial sums in registers
 //   tile     [ . . . . . . ]
 //            [ . . . . . . ]
 #pragma once
@@ -16,41 +17,41 @@
 namespace vramkit::cpu {
 namespace {
 
-constexpr int kTileRows = 4, kTileCols = 6, kTile = kTileRows * kTileCols;
-constexpr std::int64_t kStep = 32;               // columns of one vector
-constexpr std::int64_t kBlock = 2048;            // columns: kTileCols rows of them are 24 KiB
-constexpr std::int64_t kRowsAtOnce = 64;         // rows of x whose partial sums are kept
+constexpr int kProductRows = 4, kProductCols = 6, kProductTile = kProductRows * kProductCols;
+constexpr std::int64_t kProductStep = 32;        // columns of one vector
+constexpr std::int64_t kProductBlock = 2048;     // columns: kProductCols rows of them are 24 KiB
+constexpr std::int64_t kProductHeight = 64;      // rows of x whose partial sums are kept
 constexpr std::int64_t kPanelBytes = 256 << 10;  // decoded weight rows, in L2 beside x
 
 // Adds products of columns [from, to) to the tile's sums, a vector each, which lie at `sums`; they
 // begin at zero where from is 0. x and w point to the tile's rows.
 void add_tile(float* sums, const std::uint16_t* const* x, const std::uint16_t* const* w,
               std::int64_t from, std::int64_t to) {
-  F total[kTile];
-  VRAMKIT_UNROLL for (int i = 0; i < kTile; ++i) {
+  F total[kProductTile];
+  VRAMKIT_UNROLL for (int i = 0; i < kProductTile; ++i) {
     total[i] = from > 0 ? _mm512_loadu_ps(sums + 16 * i) : _mm512_setzero_ps();
   }
   std::int64_t k = from;
-  for (; k + kStep <= to; k += kStep) {
-    __m512bh right[kTileCols];
-    VRAMKIT_UNROLL for (int n = 0; n < kTileCols; ++n) {
+  for (; k + kProductStep <= to; k += kProductStep) {
+    __m512bh right[kProductCols];
+    VRAMKIT_UNROLL for (int n = 0; n < kProductCols; ++n) {
       right[n] = (__m512bh)_mm512_loadu_si512(w[n] + k);
     }
-    VRAMKIT_UNROLL for (int m = 0; m < kTileRows; ++m) {
+    VRAMKIT_UNROLL for (int m = 0; m < kProductRows; ++m) {
       const auto left = (__m512bh)_mm512_loadu_si512(x[m] + k);
-      VRAMKIT_UNROLL for (int n = 0; n < kTileCols; ++n) {
-        total[m * kTileCols + n] = _mm512_dpbf16_ps(total[m * kTileCols + n], left, right[n]);
+      VRAMKIT_UNROLL for (int n = 0; n < kProductCols; ++n) {
+        total[m * kProductCols + n] = _mm512_dpbf16_ps(total[m * kProductCols + n], left, right[n]);
       }
     }
   }
-  VRAMKIT_UNROLL for (int i = 0; i < kTile; ++i) _mm512_storeu_ps(sums + 16 * i, total[i]);
+  VRAMKIT_UNROLL for (int i = 0; i < kProductTile; ++i) _mm512_storeu_ps(sums + 16 * i, total[i]);
   if (k == to) return;
   // The last columns: x ends here, the decoded rows go on with zeros.
   const __mmask32 keep = (1u << (to - k)) - 1u;
-  for (int m = 0; m < kTileRows; ++m) {
+  for (int m = 0; m < kProductRows; ++m) {
     const auto left = (__m512bh)_mm512_maskz_loadu_epi16(keep, x[m] + k);
-    for (int n = 0; n < kTileCols; ++n) {
-      float* at = sums + 16 * (m * kTileCols + n);
+    for (int n = 0; n < kProductCols; ++n) {
+      float* at = sums + 16 * (m * kProductCols + n);
       const auto right = (__m512bh)_mm512_loadu_si512(w[n] + k);
       _mm512_storeu_ps(at, _mm512_dpbf16_ps(_mm512_loadu_ps(at), left, right));
     }
@@ -63,33 +64,35 @@ void product_bf16(const Weight& weight, const void* x, std::int64_t count, std::
                   std::int64_t end) {
   const std::int64_t cols = weight.at.cols;
   // One vector more than needed: rows a power of two apart would share a few sets of the cache.
-  const std::int64_t stride = (cols + kStep - 1) / kStep * kStep + kStep;
-  const std::int64_t fitting = kPanelBytes / (2 * stride) / kTileCols * kTileCols;
-  const std::int64_t panel_rows = smaller(fitting < kTileCols ? kTileCols : fitting, end - begin);
+  const std::int64_t stride =
+      (cols + kProductStep - 1) / kProductStep * kProductStep + kProductStep;
+  const std::int64_t fitting = kPanelBytes / (2 * stride) / kProductCols * kProductCols;
+  const std::int64_t panel_rows =
+      smaller(fitting < kProductCols ? kProductCols : fitting, end - begin);
   const Scratch<std::uint16_t> panel(panel_rows * stride);
-  const Scratch<float> partial(kRowsAtOnce * kTileCols * 16);
+  const Scratch<float> partial(kProductHeight * kProductCols * 16);
   const auto* rows = static_cast<const std::uint16_t*>(x);
   auto* target = static_cast<std::uint16_t*>(out);
 
   auto finish = [&](const float* sums, std::int64_t m0, std::int64_t n0) {
-    F lanes[kTile];
-    VRAMKIT_UNROLL for (int i = 0; i < kTile; ++i) lanes[i] = _mm512_loadu_ps(sums + 16 * i);
-    F all[2] = {add_lanes<16>(lanes), add_lanes<kTile - 16>(lanes + 16)};
+    F lanes[kProductTile];
+    VRAMKIT_UNROLL for (int i = 0; i < kProductTile; ++i) lanes[i] = _mm512_loadu_ps(sums + 16 * i);
+    F all[2] = {add_lanes<16>(lanes), add_lanes<kProductTile - 16>(lanes + 16)};
     alignas(32) std::uint16_t halves[32];
     for (int part = 0; part < 2; ++part) {
       if (bias) {
         alignas(64) float add[16];
         for (int i = 0; i < 16; ++i) {
-          add[i] = bias[smaller(n0 + (16 * part + i) % kTileCols, end - 1)];
+          add[i] = bias[smaller(n0 + (16 * part + i) % kProductCols, end - 1)];
         }
         all[part] += _mm512_load_ps(add);
       }
       Simd::store_halves(halves + 16 * part, bf16_bits(all[part]));
     }
-    const std::int64_t width = smaller(kTileCols, end - n0);
-    const std::int64_t height = smaller(kTileRows, count - m0);
+    const std::int64_t width = smaller(kProductCols, end - n0);
+    const std::int64_t height = smaller(kProductRows, count - m0);
     for (std::int64_t m = 0; m < height; ++m) {
-      std::memcpy(target + (m0 + m) * out_stride + n0, halves + m * kTileCols,
+      std::memcpy(target + (m0 + m) * out_stride + n0, halves + m * kProductCols,
                   static_cast<std::size_t>(width) * 2);
     }
   };
@@ -100,19 +103,19 @@ void product_bf16(const Weight& weight, const void* x, std::int64_t count, std::
     for (std::int64_t r = 0; r < last - first; ++r) {  // zero times nothing, not times NaN
       std::memset(panel.get() + r * stride + cols, 0, static_cast<std::size_t>(stride - cols) * 2);
     }
-    for (std::int64_t top = 0; top < count; top += kRowsAtOnce) {
-      const std::int64_t bottom = smaller(top + kRowsAtOnce, count);
-      for (std::int64_t n = first; n < last; n += kTileCols) {
-        const std::uint16_t* w[kTileCols];
-        for (int i = 0; i < kTileCols; ++i) {
+    for (std::int64_t top = 0; top < count; top += kProductHeight) {
+      const std::int64_t bottom = smaller(top + kProductHeight, count);
+      for (std::int64_t n = first; n < last; n += kProductCols) {
+        const std::uint16_t* w[kProductCols];
+        for (int i = 0; i < kProductCols; ++i) {
           w[i] = panel.get() + (smaller(n + i, last - 1) - first) * stride;
         }
-        for (std::int64_t from = 0; from < cols; from += kBlock) {
-          const std::int64_t to = smaller(from + kBlock, cols);
+        for (std::int64_t from = 0; from < cols; from += kProductBlock) {
+          const std::int64_t to = smaller(from + kProductBlock, cols);
           float* kept = partial.get();
-          for (std::int64_t m = top; m < bottom; m += kTileRows, kept += kTile * 16) {
-            const std::uint16_t* left[kTileRows];
-            for (int i = 0; i < kTileRows; ++i)
+          for (std::int64_t m = top; m < bottom; m += kProductRows, kept += kProductTile * 16) {
+            const std::uint16_t* left[kProductRows];
+            for (int i = 0; i < kProductRows; ++i)
               left[i] = rows + smaller(m + i, count - 1) * x_stride;
             add_tile(kept, left, w, from, to);
             if (to == cols) finish(kept, m, n);

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "core/format.hpp"
+#include "cpu/int8.hpp"
 
 namespace vramkit::cpu {
 
@@ -63,6 +64,7 @@ struct Kernels {
   void (*linear)(const Weight& weight, const void* x, DType type, std::int64_t count,
                  std::int64_t x_stride, const float* bias, void* out, std::int64_t out_stride,
                  std::int64_t begin, std::int64_t end);
+  Int8Kernels int8;
 };
 
 const Kernels& reference_kernels();

@@ -222,6 +222,11 @@ void linear(const Weight& weight, const void* x, DType type, std::int64_t count,
 }
 
 }  // namespace
+}  // namespace vramkit::cpu
+
+#include "cpu/int8_reference.hpp"
+
+namespace vramkit::cpu {
 
 SortedTable sort_table(const std::vector<float>& table) {
   std::vector<std::uint8_t> order(table.size());
@@ -236,7 +241,8 @@ SortedTable sort_table(const std::vector<float>& table) {
 }
 
 const Kernels& reference_kernels() {
-  static const Kernels kernels{"scalar", quantize, dequantize, linear};
+  static const Kernels kernels{
+      "scalar", quantize, dequantize, linear, {quantize_int8, sums_int8, product_int8, spin_int8}};
   return kernels;
 }
 

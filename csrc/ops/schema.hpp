@@ -16,6 +16,11 @@ inline constexpr const char* kSchemas[] = {
     "int[] spec, int out_features) -> Tensor",
     "embedding(Tensor indices, Tensor codes, Tensor scales, Tensor? extra, Tensor? table, "
     "int[] spec, int[] shape, ScalarType dtype) -> Tensor",
+    // Dynamic INT8 and LLM.int8 (_operators_int8.py): scales are the bits of float32, one a row.
+    "linear_int8(Tensor x, Tensor codes, Tensor scales, Tensor? bias, float threshold, "
+    "str activation, int out_features) -> Tensor",
+    "quantize_rows(Tensor x, float threshold) -> (Tensor, Tensor, Tensor)",
+    "int8_mm(Tensor a, Tensor b) -> Tensor",
     // Kernels: write into what the caller allocated.
     "_quantize_out(Tensor x, Tensor? table, int[] spec, Tensor(a!) codes, Tensor(b!) scales, "
     "Tensor(c!) extra) -> ()",
@@ -25,6 +30,13 @@ inline constexpr const char* kSchemas[] = {
     "Tensor? bias, int[] spec, Tensor(a!) out) -> ()",
     "_embedding_out(Tensor indices, Tensor codes, Tensor scales, Tensor? extra, Tensor? table, "
     "int[] spec, int rows, Tensor(a!) out) -> ()",
+    "_linear_int8_out(Tensor x, Tensor codes, Tensor scales, Tensor? bias, float threshold, "
+    "int activation, Tensor(a!) workspace, Tensor(b!) out) -> ()",
+    "_quantize_rows_out(Tensor x, float threshold, Tensor(a!) codes, Tensor(b!) absmax, "
+    "Tensor(c!) columns) -> ()",
+    // int8 products per second with operands in registers, on as many threads as `threads` is long.
+    "_int8_peak(Tensor threads) -> float",
+    "_int8_mm_out(Tensor a, Tensor b, Tensor(a!) out) -> ()",
     // [sum of squared differences between x and the stored weight, sum of squares of x], float64;
     // columns weighted by `importance` where given.
     "_squared_error(Tensor x, Tensor codes, Tensor scales, Tensor? extra, Tensor? table, "

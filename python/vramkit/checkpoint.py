@@ -26,12 +26,11 @@ from .convert import (
     Precision,
     Progress,
     candidates,
-    check_names,
     check_weight,
     convert,
+    formats_for,
     keep_ties,
     progress_bar,
-    storage_format,
     swap_candidate,
 )
 from .errors import CheckpointError
@@ -152,14 +151,10 @@ def _choose(
     if precision is None:
         return {}
     found, _ = candidates(model, skip)
-    if isinstance(precision, Mapping):
-        check_names(precision, found)
+    if precision == "fp32":
+        return {}
     chosen: dict[str, tuple[Candidate, StorageFormat]] = {}
-    for candidate in found:
-        wanted = precision.get(candidate.name) if isinstance(precision, Mapping) else precision
-        if wanted is None or wanted == "fp32":
-            continue
-        fmt = storage_format(wanted)
+    for candidate, fmt in formats_for(found, precision)[0]:
         for name in (candidate.name, *(n for n, _ in candidate.tied)):
             chosen[f"{name}.weight" if name else "weight"] = (candidate, fmt)
     return chosen
@@ -213,7 +208,7 @@ def _manifest(model: nn.Module) -> dict[str, Any]:
             "shape": list(module.weight_shape),
             "compute_dtype": str(module.compute_dtype).removeprefix("torch."),
         }
-        if fmt.name not in builtin:
+        if fmt.name not in builtin and not fmt.activations:
             formats[fmt.name] = {
                 "table": list(fmt.native.table),
                 "block": fmt.block,

@@ -297,8 +297,7 @@ def estimate(
 def _precisions(text: str) -> list[str]:
     if text != "all":
         return [PrecisionMode.parse(part).value for part in text.split(",")]
-    unsupported = (PrecisionMode.INT8_DYNAMIC, PrecisionMode.LLM_INT8)
-    return [mode.value for mode in PrecisionMode if mode not in unsupported]
+    return [mode.value for mode in PrecisionMode]
 
 
 def _make_plan(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ._operators import StoredParts, encode
+from ._operators_int8 import LONGEST_ROW
 from .errors import NonFiniteWeightError
 from .formats import StorageFormat, get_format
 from .layers import QuantizedLayer, find_kind, swap, unswap
@@ -226,19 +227,48 @@ def check_names(precision: Mapping[str, Precision | None], found: list[Candidate
         )
 
 
-def _formats_for(
+def formats_for(
     found: list[Candidate], precision: Precision | Mapping[str, Precision | None]
-) -> list[tuple[Candidate, StorageFormat]]:
-    if not isinstance(precision, Mapping):
-        fmt = storage_format(precision)
-        return [(c, fmt) for c in found]
-    check_names(precision, found)
-    chosen = []
+) -> tuple[list[tuple[Candidate, StorageFormat]], dict[str, str]]:
+    """The layers to convert with their formats, and by name the reason to leave others out."""
+    if isinstance(precision, Mapping):
+        check_names(precision, found)
+    else:
+        storage_format(precision)
+    chosen, left = [], {}
     for candidate in found:
-        wanted = precision.get(candidate.name)
-        if wanted is not None and wanted != PrecisionMode.FP32:
-            chosen.append((candidate, storage_format(wanted)))
-    return chosen
+        wanted = precision.get(candidate.name) if isinstance(precision, Mapping) else precision
+        if wanted is None or wanted == PrecisionMode.FP32:
+            left[candidate.name] = "no format chosen for it"
+            continue
+        fmt = storage_format(wanted)
+        reason = _reason_against(candidate, fmt)
+        if reason is None:
+            chosen.append((candidate, _format_in(candidate, fmt)))
+        else:
+            left[candidate.name] = reason
+    return chosen, left
+
+
+def _multiplies(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear)
+
+
+def _reason_against(candidate: Candidate, fmt: StorageFormat) -> str | None:
+    if not fmt.activations:
+        return None
+    for module in (candidate.module, *(m for _, m in candidate.tied)):
+        if not (_multiplies(module) or isinstance(module, nn.Embedding)):
+            return f"{type(module).__name__} has no product with {fmt.activations} activations"
+    if candidate.weight.shape[-1] > LONGEST_ROW:
+        return f"int32 sums of more than {LONGEST_ROW} products could overflow"
+    return None
+
+
+def _format_in(candidate: Candidate, fmt: StorageFormat) -> StorageFormat:
+    """`fmt` itself, or its weight-only form where nothing multiplies the weight."""
+    modules = (candidate.module, *(m for _, m in candidate.tied))
+    return fmt if any(_multiplies(m) for m in modules) else fmt.weight_only
 
 
 def storage_format(precision: Precision) -> StorageFormat:
@@ -249,15 +279,8 @@ def storage_format(precision: Precision) -> StorageFormat:
         raise TypeError(
             f"a precision is a name, a PrecisionMode or a StorageFormat, not {precision!r}"
         )
-    if isinstance(precision, PrecisionMode) or precision.strip().lower() in list(PrecisionMode):
-        mode = PrecisionMode.parse(precision)
-        if mode is PrecisionMode.FP32:
-            raise ValueError("fp32 is plain storage: use vramkit.restore(model, 'fp32')")
-        if mode in (PrecisionMode.INT8_DYNAMIC, PrecisionMode.LLM_INT8):
-            raise ValueError(
-                f"{mode.value} quantizes activations, which this version does not do; "
-                "int8 stores weights in the same bytes"
-            )
+    if str(precision).strip().lower() == PrecisionMode.FP32:
+        raise ValueError("fp32 is plain storage: use vramkit.restore(model, 'fp32')")
     return get_format(precision)
 
 
@@ -277,6 +300,10 @@ def convert(
         skip: Layers to leave plain: full names, parents, last parts ("lm_head") or globs.
         progress: True for a progress bar, or a function of (bytes done, bytes in all, layer name).
 
+    int8_dynamic and llm_int8 quantize the activations of Linear layers too; embeddings are int8
+    there, other layers stay plain. `get_format("llm_int8").with_threshold(5.0)`, or the name
+    "llm_int8@5.0", sets LLM.int8's outlier threshold (6.0).
+
     Every weight is encoded before the first layer changes: after an error or an interrupt the model
     is what it was. Raises NonFiniteWeightError for NaN, infinity or overflow, and ValueError for an
     unknown precision or layer name.
@@ -286,12 +313,9 @@ def convert(
     2560
     """
     found, left_out = candidates(model, skip)
-    chosen = _formats_for(found, precision)
-    names = {c.name for c, _ in chosen}
+    chosen, reasons = formats_for(found, precision)
     left_out += [
-        (f"{c.name}.weight", "no format chosen for it", c.original_bytes)
-        for c in found
-        if c.name not in names
+        (f"{c.name}.weight", reasons[c.name], c.original_bytes) for c in found if c.name in reasons
     ]
     for candidate, fmt in chosen:
         check_weight(candidate.name, candidate.weight, fmt)

@@ -31,6 +31,10 @@ class StorageFormat:
 
     name: str
     native: _core.Format
+    # How activations meet the weight: "" as they are, "int8_dynamic" quantized row by row,
+    # "llm_int8" too but for columns that reach `threshold`.
+    activations: str = ""
+    threshold: float = 0.0
     spec: list[int] = field(init=False)
     _tables: dict[torch.device, torch.Tensor] = field(init=False, default_factory=dict)
 
@@ -65,6 +69,21 @@ class StorageFormat:
             return None
         return torch.float16 if self.spec[_ENCODER] == _ENCODER_FP16 else torch.bfloat16
 
+    def with_threshold(self, threshold: float) -> StorageFormat:
+        """LLM.int8 with another outlier threshold; its name tells, so files and plans keep it.
+
+        >>> get_format("llm_int8").with_threshold(5).name
+        'llm_int8@5.0'
+        """
+        if self.activations != "llm_int8":
+            raise ValueError(f"{self.name} has no outlier threshold; only llm_int8 has")
+        return _llm_int8(float(threshold))
+
+    @property
+    def weight_only(self) -> StorageFormat:
+        """The format of the same bytes whose layers take activations as they are."""
+        return _REGISTRY["int8"] if self.activations else self
+
     def bytes(self, shape: Sequence[int]) -> _core.PartBytes:
         """Exact bytes of a weight of `shape`: .codes, .scales, .extra and their .total."""
         return self.native.bytes(list(shape))
@@ -95,6 +114,8 @@ class StorageFormat:
         return f"StorageFormat({self.name!r}, {self.bits_per_weight():.2f} bits per weight)"
 
     def __reduce__(self) -> tuple[object, ...]:
+        if self.activations:
+            return get_format, (self.name,)
         return _unpickle, (self.name, self.spec, list(self.native.table))
 
     def __deepcopy__(self, memo: dict[int, object]) -> StorageFormat:
@@ -113,6 +134,10 @@ def _unpickle(name: str, spec: list[int], table: list[float]) -> StorageFormat:
 _REGISTRY: dict[str, StorageFormat] = {
     name: StorageFormat(name, native) for name, native in _core.builtin_formats()
 }
+_INT8 = _REGISTRY["int8"].native
+_LLM_INT8_THRESHOLD = 6.0  # Dettmers et al. 2022, section 3.2
+_REGISTRY["int8_dynamic"] = StorageFormat("int8_dynamic", _INT8, "int8_dynamic")
+_REGISTRY["llm_int8"] = StorageFormat("llm_int8", _INT8, "llm_int8", _LLM_INT8_THRESHOLD)
 # Nested scales in the making: signed 8-bit dynamic map, blocks of 256 (QLoRA, section 3).
 _SCALE_FORMAT = StorageFormat(
     "dynamic8", _core.Format([1, 8, _GRAIN_FLAT, 256, _SCALE_F32, 0, 0], _core.dynamic_map())
@@ -134,10 +159,23 @@ def get_format(name: str | PrecisionMode | StorageFormat) -> StorageFormat:
     key = name.value if isinstance(name, PrecisionMode) else str(name).strip().lower()
     if key in _REGISTRY:
         return _REGISTRY[key]
+    if key.startswith("llm_int8@"):
+        try:
+            return _llm_int8(float(key.removeprefix("llm_int8@")))
+        except ValueError as error:
+            raise ValueError(f"no storage format {name!r}: {error}") from None
     raise ValueError(
         f"no storage format {name!r}; the formats are: {', '.join(_REGISTRY)}. "
         "vramkit.register_format adds a codebook of your own"
     )
+
+
+def _llm_int8(threshold: float) -> StorageFormat:
+    if not (threshold > 0.0 and math.isfinite(threshold)):
+        raise ValueError(f"the outlier threshold must be positive and finite, got {threshold}")
+    if threshold == _LLM_INT8_THRESHOLD:
+        return _REGISTRY["llm_int8"]
+    return StorageFormat(f"llm_int8@{threshold!r}", _INT8, "llm_int8", threshold)
 
 
 def register_format(

@@ -85,6 +85,8 @@ def describe(model: nn.Module) -> ModelInfo:
 def _compute(layer: QuantizedLayer) -> str:
     if isinstance(layer, nn.Embedding):
         return str(layer.compute_dtype).removeprefix("torch.")
+    if layer.storage_format.activations:
+        return "int8; the input's outside"
     # Products follow the input; no CPU multiplies float16 at full rate.
     return "the input's; float16 in float32"
 
@@ -95,6 +97,10 @@ def _kernel(layer: QuantizedLayer) -> str:
     isa = _core.active_isa()
     if isinstance(layer, nn.Embedding):
         return f"{isa} row gather"
+    if layer.storage_format.activations == "int8_dynamic":
+        return f"{isa} int8 rows x int8"
+    if layer.storage_format.activations == "llm_int8":
+        return f"{isa} int8 rows x int8, columns from {layer.storage_format.threshold:g} in float32"
     if not layer.storage_format.row_separable(layer.weight_shape[-1]):
         return f"{isa} decode + torch"
     rows = fused_rows(layer.compute_dtype)

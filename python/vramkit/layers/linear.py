@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .._operators_int8 import linear_int8
 from .base import QuantizedLayer, autocast_dtype, check_float, register_kind
 
 
@@ -12,7 +13,8 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
     """y = x W^T + b, with W decoded as it is used.
 
     x: [..., in_features] in float32, bfloat16 or float16; y has x's dtype (autocast's where it is
-    on). Products accumulate in float32. Gradients flow to x and to the bias.
+    on). Products accumulate in float32. Gradients flow to x and to the bias. In formats with
+    activations (int8_dynamic, llm_int8) the rows of x are quantized and products are exact int32.
     """
 
     in_features: int
@@ -31,6 +33,10 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
                 f"(a converted Linear of {self.in_features} to {self.out_features} features)"
             )
         fmt = self.storage_format
+        if fmt.activations:
+            return linear_int8(
+                x, self.codes, self.scales, self.bias, fmt.threshold, "none", self.out_features
+            )
         out: Tensor = torch.ops.vramkit.linear(
             x,
             self.codes,

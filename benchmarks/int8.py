@@ -1,0 +1,135 @@
+"""Dynamic INT8 and LLM.int8 on the CPU against torch's quantize_dynamic and bitsandbytes, in turn.
+
+Weights come from memory (enough layers in turn that none is in cache) or stay in cache (one layer).
+The limit is the larger of two times: the weight's bytes over the read rate, and the products over
+the rate of a product that stays in the first-level cache, both measured in the same minute.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import vramkit
+from torch import nn
+
+from .runner import in_turn, read_rate
+
+SHAPES = ((4096, 4096), (384, 1536), (1536, 384), (576, 1536), (1536, 576))  # in, out features
+_CACHE_BYTES = 96 << 20
+# Promised: time over torch's dynamic INT8 at most, by rows.
+RATIOS = {1: 1.0, 8: 1.0, 64: 0.95, 512: 0.95}
+
+
+def run(options: Any) -> tuple[dict[str, Any], list[str]]:
+    """Milliseconds by shape, rows, threads and place of the weights; and the figures missed."""
+    found: dict[str, Any] = {}
+    missed: list[str] = []
+    shapes = SHAPES if options.size == 4096 else ((options.size, options.size),)
+    for threads, (cols, rows_out), cold in itertools.product(
+        (1, options.threads) if options.threads > 1 else (1,), shapes, (False, True)
+    ):
+        torch.set_num_threads(threads)
+        place = "memory" if cold else "cache"
+        print(f"{cols} -> {rows_out}, {threads} threads, weights from {place}")
+        print(f"{'rows':>6}{'ours ms':>10}{'llm ms':>10}{'torch ms':>10}{'ratio':>8}{'limit':>8}"
+              f"{'bnb ms':>10}{'llm x':>8}{'error':>9}{'torch':>9}")  # fmt: skip
+        for rows in options.rows:
+            result = _one(cols, rows_out, rows, cold)
+            key = f"{cols}x{rows_out} rows {rows} threads {threads} {place}"
+            found[key] = result
+            ratio = result["seconds"]["ours"] / result["seconds"]["torch"]
+            if ratio > RATIOS.get(rows, 1.0):
+                missed.append(f"{key}: {ratio:.2f} of torch's time")
+            if result["errors"]["ours"] > result["errors"]["torch"]:
+                missed.append(f"{key}: less accurate than torch")
+    return found, missed
+
+
+def _one(cols: int, out: int, rows: int, cold: bool) -> dict[str, Any]:
+    plain = nn.Linear(cols, out)
+    x = torch.randn(rows, cols)
+    count = max(2, -(-_CACHE_BYTES // (cols * out))) if cold else 1
+    kinds = {"ours": _converted("int8_dynamic"), "llm": _converted("llm_int8"), "torch": _torch}
+    layers = {name: [make(plain) for _ in range(count)] for name, make in kinds.items()}
+    work = {name: _in_turn(made, x) for name, made in layers.items()}
+    try:
+        half = x.to(torch.bfloat16)
+        work["bitsandbytes"] = _in_turn([_bitsandbytes(plain)], half)
+    except ImportError as error:
+        print(f"bitsandbytes: not measured ({error})")
+    with torch.inference_mode():
+        expected = nn.functional.linear(x.double(), plain.weight.double(), plain.bias.double())
+        errors = {
+            name: float((made[0](x) - expected).norm() / expected.norm())
+            for name, made in layers.items()
+        }
+    rate, products = read_rate(), product_rate()
+    seconds = in_turn(work, repeats=25, slowest=0.4)
+    limit = max(cols * out / rate if cold else 0.0, rows * cols * out / products)
+    ours, torchs = seconds["ours"], seconds["torch"]
+    peer = seconds.get("bitsandbytes", float("nan"))
+    print(
+        f"{rows:>6}{ours * 1e3:>10.3f}{seconds['llm'] * 1e3:>10.3f}{torchs * 1e3:>10.3f}"
+        f"{ours / torchs:>8.2f}{limit / ours:>8.2f}{peer * 1e3:>10.2f}"
+        f"{peer / seconds['llm']:>8.1f}{errors['ours']:>9.4f}{errors['torch']:>9.4f}"
+    )
+    return {
+        "seconds": seconds,
+        "errors": errors,
+        "limit_seconds": limit,
+        "read_bytes_per_second": rate,
+        "products_per_second": products,
+    }
+
+
+def product_rate() -> float:
+    """int8 products per second of the dot-product instruction alone, operands in registers.
+
+    Measured by a native loop on every thread that torch uses.
+    """
+    return float(torch.ops.vramkit._int8_peak(torch.empty(torch.get_num_threads())))
+
+
+def _converted(name: str) -> Callable[[nn.Linear], nn.Module]:
+    def make(plain: nn.Linear) -> nn.Module:
+        model = nn.Sequential(copy.deepcopy(plain))
+        vramkit.convert(model, name)
+        return model
+
+    return make
+
+
+def _torch(plain: nn.Linear) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made: nn.Module = torch.ao.quantization.quantize_dynamic(
+            nn.Sequential(copy.deepcopy(plain)), {nn.Linear}, dtype=torch.qint8
+        )
+    return made
+
+
+def _bitsandbytes(plain: nn.Linear) -> nn.Module:
+    import bitsandbytes as bnb
+
+    layer = bnb.nn.Linear8bitLt(
+        plain.in_features, plain.out_features, has_fp16_weights=False, threshold=6.0
+    )
+    layer.weight = bnb.nn.Int8Params(plain.weight.data.clone(), requires_grad=False)
+    layer.bias = nn.Parameter(plain.bias.data.to(torch.bfloat16))
+    made: nn.Module = layer.to("cpu").eval()
+    return made
+
+
+def _in_turn(layers: list[nn.Module], x: torch.Tensor) -> Callable[[], Any]:
+    turn = itertools.cycle(layers)
+
+    def call() -> Any:
+        with torch.inference_mode():
+            return next(turn)(x)
+
+    return call

@@ -1,0 +1,218 @@
+"""Operators that quantize activations: dynamic INT8 and LLM.int8, and exact int8 products.
+
+Rows of x (tokens) are quantized to int8 by their own absmax, multiplied exactly with the stored
+int8 weight, and scaled, all in one native call. LLM.int8 (Dettmers et al. 2022, arXiv 2208.07339)
+leaves the columns that hold a magnitude of `threshold` or more to a product in float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _native  # noqa: F401  (defines the schemas)
+from ._operators import _library
+from .formats import get_format
+
+_ops = torch.ops.vramkit
+ACTIVATIONS = ("none", "gelu", "gelu_tanh", "silu")
+# Products longer than this could leave int32 (csrc/cpu/int8.hpp).
+LONGEST_ROW = 1 << 17
+_BLOCK = 2048  # columns of quantized x that lie together, and their padding: as in int8.hpp
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def workspace_bytes(rows: int, cols: int, threshold: float) -> int:
+    """Bytes of quantized rows with their absmax and sum, and of a mark per column."""
+    if cols >= _BLOCK:
+        stride = _BLOCK + 64
+    else:
+        stride = (cols + 63) // 64 * 64 + (0 if cols % 128 else 64)
+    blocks = max(1, -(-cols // _BLOCK))
+    return rows * (blocks * stride + 8) + (cols if threshold > 0 else 0)
+
+
+def _activation_index(activation: str) -> int:
+    try:
+        return ACTIVATIONS.index(activation)
+    except ValueError:
+        raise ValueError(
+            f"unknown activation {activation!r}; the fused ones are: {', '.join(ACTIVATIONS)}"
+        ) from None
+
+
+def _consecutive(matrix: Tensor) -> Tensor:
+    return matrix if matrix.shape[1] <= 1 or matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def run_linear_int8(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    threshold: float,
+    activation: str,
+    out_features: int,
+) -> Tensor:
+    """activation(x W^T + bias) without autograd; see `torch.ops.vramkit.linear_int8`.
+
+    x: [..., in_features], float32, bfloat16 or float16; the result has its dtype. codes: the int8
+    weight as uint8 [out_features, in_features]; scales: its float32 row scales as bytes.
+    `threshold` 0 is dynamic INT8; above it, LLM.int8. A row of x with NaN (without a threshold,
+    with infinity too) gives a row of NaN.
+    """
+    index = _activation_index(activation)
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"linear_int8 takes float32, bfloat16 or float16 input, got {x.dtype}")
+    if not threshold >= 0.0:
+        raise ValueError(f"the threshold must be 0 (none) or positive, got {threshold}")
+    cols = x.shape[-1]
+    if cols > LONGEST_ROW:
+        raise ValueError(
+            f"int8 products of {cols} columns could overflow int32; at most {LONGEST_ROW} are taken"
+        )
+    matrix = _consecutive(x.reshape(-1, cols) if cols else x.reshape(x.shape[:-1].numel(), 0))
+    rows = matrix.shape[0]
+    out = torch.empty((rows, out_features), dtype=x.dtype, device=x.device)
+    workspace = torch.empty(
+        workspace_bytes(rows, cols, threshold), dtype=torch.uint8, device=x.device
+    )
+    wide = None if bias is None else bias.to(torch.float32)
+    _ops._linear_int8_out(matrix, codes, scales, wide, threshold, index, workspace, out)
+    return out if x.dim() == 2 else out.reshape(*x.shape[:-1], out_features)
+
+
+def _quantize_rows(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+    """codes int8 [rows, cols], absmax float32 [rows], bool [cols]: columns with an outlier.
+
+    What bitsandbytes' int8_vectorwise_quant gives: elements of magnitude >= threshold (if that is
+    positive) are left out of the absmax, and their columns are zero in every row.
+    """
+    if x.dim() != 2 or x.dtype not in _FLOATS:
+        raise TypeError(
+            f"quantize_rows takes a float32, bfloat16 or float16 matrix, got {x.dtype} "
+            f"{list(x.shape)}"
+        )
+    matrix = _consecutive(x)
+    codes = torch.empty(matrix.shape, dtype=torch.int8, device=x.device)
+    absmax = torch.empty(matrix.shape[0], dtype=torch.float32, device=x.device)
+    columns = torch.empty(matrix.shape[1], dtype=torch.uint8, device=x.device)
+    _ops._quantize_rows_out(matrix, threshold, codes, absmax, columns)
+    return codes, absmax, columns.view(torch.bool)
+
+
+def _int8_mm(a: Tensor, b: Tensor) -> Tensor:
+    """a [M, K] times b [N, K] transposed, both int8, exact in int32.
+
+    Rows may be any distance apart; where elements of a row are not consecutive, they are copied.
+    """
+    if a.dtype != torch.int8 or b.dtype != torch.int8:
+        raise TypeError(f"int8_mm takes two int8 matrices, got {a.dtype} and {b.dtype}")
+    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1]:
+        raise ValueError(
+            f"int8_mm takes [M, K] and [N, K], got {list(a.shape)} and {list(b.shape)}"
+        )
+    if a.shape[1] >= LONGEST_ROW:
+        raise ValueError(
+            f"int8 products of {a.shape[1]} columns could overflow int32; "
+            f"fewer than {LONGEST_ROW} are taken"
+        )
+    out = torch.empty((a.shape[0], b.shape[0]), dtype=torch.int32, device=a.device)
+    _ops._int8_mm_out(_consecutive(a), _consecutive(b), out)
+    return out
+
+
+_library.impl("linear_int8", run_linear_int8, "CPU")
+_library.impl("quantize_rows", _quantize_rows, "CPU")
+_library.impl("int8_mm", _int8_mm, "CPU")
+
+
+@torch.library.register_fake("vramkit::linear_int8")
+def _(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, threshold: float,
+      activation: str, out_features: int) -> Tensor:  # fmt: skip
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+@torch.library.register_fake("vramkit::quantize_rows")
+def _(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape, dtype=torch.int8),
+        x.new_empty((x.shape[0],), dtype=torch.float32),
+        x.new_empty((x.shape[1],), dtype=torch.bool),
+    )
+
+
+@torch.library.register_fake("vramkit::int8_mm")
+def _(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty((a.shape[0], b.shape[0]), dtype=torch.int32)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, codes, scales, bias, threshold, activation, out_features = inputs
+    # The activation's derivative needs what went into it, which is computed again.
+    again = activation != "none"
+    ctx.save_for_backward(codes, scales, x if again else None, bias if again else None)
+    ctx.threshold, ctx.activation = threshold, activation
+    ctx.shape = [out_features, x.shape[-1]]
+    ctx.has_bias = bias is not None
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Straight through the rounding of x: the product's gradients by the decoded weight."""
+    codes, scales, x, bias = ctx.saved_tensors
+    if ctx.activation != "none":
+        inner = _ops.linear_int8(x, codes, scales, bias, ctx.threshold, "none", ctx.shape[0])
+        grad = _through_activation(grad, inner, ctx.activation)
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        spec = get_format("int8").spec
+        weight = _ops.dequantize(codes, scales, None, None, spec, ctx.shape, grad.dtype)
+        grad_x = grad @ weight
+    if ctx.has_bias and ctx.needs_input_grad[3]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+    return grad_x, None, None, grad_bias, None, None, None
+
+
+def _through_activation(grad: Tensor, inner: Tensor, activation: str) -> Tensor:
+    aten = torch.ops.aten
+    if activation == "silu":
+        out: Tensor = aten.silu_backward(grad, inner)
+    else:
+        kind = "tanh" if activation == "gelu_tanh" else "none"
+        out = aten.gelu_backward(grad, inner, approximate=kind)
+    return out
+
+
+torch.library.register_autograd(
+    "vramkit::linear_int8", _backward, setup_context=_save_for_backward, lib=_library
+)
+
+
+def linear_int8(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    threshold: float,
+    activation: str,
+    out_features: int,
+) -> Tensor:
+    """`torch.ops.vramkit.linear_int8`, without its dispatch where nothing looks on.
+
+    Small layers take a few microseconds, as does the way through autograd's and the dispatcher's
+    layers: plain CPU tensors with no gradient to record go to the kernel directly.
+    """
+    if (
+        not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and type(x) is Tensor
+        and x.device.type == "cpu"
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._len_torch_function_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None
+    ):
+        return run_linear_int8(x, codes, scales, bias, threshold, activation, out_features)
+    out: Tensor = _ops.linear_int8(x, codes, scales, bias, threshold, activation, out_features)
+    return out
