@@ -1,4 +1,4 @@
-// Schemas of all operators, in one place. Implementations: ops.cpp (CPU), and
+// Schemas of all operators, in one place. Implementations: ops.cpp, blockwise.cpp (CPU), and
 // python/vramkit/_operators.py for those that allocate or call torch's own products.
 //
 // A stored weight is passed as its parts (codes, scales, extra), the codebook's table, and `spec`:
@@ -25,6 +25,10 @@ inline constexpr const char* kSchemas[] = {
     "Tensor? bias, int[] spec, Tensor(a!) out) -> ()",
     "_embedding_out(Tensor indices, Tensor codes, Tensor scales, Tensor? extra, Tensor? table, "
     "int[] spec, int rows, Tensor(a!) out) -> ()",
+    // Blocks of 8-bit codes: how many of `bounds` (255, ascending) lie below x / absmax; blocks
+    // of zeros have code 0.
+    "_quantize_bounds_out(Tensor x, Tensor bounds, int block, Tensor(a!) codes, Tensor(b!) absmax) "
+    "-> ()",
     // [sum of squared differences between x and the stored weight, sum of squares of x], float64;
     // columns weighted by `importance` where given.
     "_squared_error(Tensor x, Tensor codes, Tensor scales, Tensor? extra, Tensor? table, "
