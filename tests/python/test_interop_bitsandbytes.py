@@ -93,6 +93,7 @@ class TestSwitch:
 
     def test_an_unknown_operator_changes_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
         known = interop._implementations()
+        monkeypatch.setattr(interop, "_names", [])
         monkeypatch.setattr(interop, "_implementations", lambda: {**known, "no_such": print})
         with pytest.raises(RuntimeError, match="no operator 'no_such'"):
             interop.enable()

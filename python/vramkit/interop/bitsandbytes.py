@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 import threading
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,14 +17,13 @@ from torch import nn
 MINIMUM = (0, 50)
 
 _lock = threading.Lock()
-_active: _Registration | None = None
-
-
-@dataclass
-class _Registration:
-    library: torch.library.Library
-    operators: list[str]
-    undo: list[tuple[Any, str, Any]] = field(default_factory=list)
+_on = False
+# What the first enable() registers stays until the process ends and looks at `_on`: to take a
+# kernel away from the dispatcher while another thread calls it can deadlock.
+_library_of_ours: torch.library.Library | None = None
+_names: list[str] = []
+# Of bitsandbytes itself: the function that enable() replaces, by (module, name).
+_replaced: list[tuple[Any, str, Any]] = []
 
 
 def _implementations() -> dict[str, Any]:
@@ -90,48 +88,47 @@ def enable() -> list[str]:
     Raises ImportError where bitsandbytes is missing or older than 0.50, RuntimeError where it lacks
     an operator that vramkit knows.
     """
-    global _active
+    global _on
     with _lock:
-        if _active is not None:
-            return list(_active.operators)
         bitsandbytes = _library()
-        functions = _implementations()
-        for name in functions:
-            _overload(name, bitsandbytes.__version__)
-        functions["gemv_4bit"] = _with_packed(functions["gemv_4bit"])
-        library = torch.library.Library("bitsandbytes", "IMPL")
-        made = _Registration(library, [f"bitsandbytes::{name}" for name in functions])
-        try:
-            for name, function in functions.items():
-                library.impl(name, _opaque(function), "CPU", allow_override=True)
-            _keep_layout(bitsandbytes, made)
-        except BaseException:
-            _withdraw(made)
-            raise
-        _active = made
-        return list(made.operators)
+        if not _names:
+            _register(bitsandbytes.__version__)
+        if not _on:
+            _keep_layout(bitsandbytes)
+            _on = True
+        return list(_names)
 
 
 def disable() -> bool:
     """Give bitsandbytes its own CPU code back; True if vramkit's was in place."""
-    global _active
+    global _on
     with _lock:
-        if _active is None:
-            return False
-        made, _active = _active, None
-        _withdraw(made)
-        return True
+        was_on, _on = _on, False
+        while _replaced:
+            owner, name, value = _replaced.pop()
+            setattr(owner, name, value)
+        return was_on
 
 
 def enabled() -> bool:
     """Whether bitsandbytes' operators run on vramkit."""
-    return _active is not None
+    return _on
 
 
-def _withdraw(made: _Registration) -> None:
-    for owner, name, value in reversed(made.undo):
-        setattr(owner, name, value)
-    made.library._destroy()
+def _register(version: str) -> None:
+    global _library_of_ours
+    functions = _implementations()
+    operators = {name: _overload(name, version) for name in functions}
+    switches = {
+        name: _switch(name, operators[name], function) for name, function in functions.items()
+    }
+    library = torch.library.Library("bitsandbytes", "IMPL")
+    for name, switch in switches.items():
+        # Compilers are to see the operator, not what is inside: it has a fake of its own.
+        opaque = torch._disable_dynamo(switch)  # type: ignore[attr-defined]
+        library.impl(name, opaque, "CPU", allow_override=True)
+    _library_of_ours = library
+    _names.extend(f"bitsandbytes::{name}" for name in functions)
 
 
 def _overload(name: str, version: str) -> Any:
@@ -145,32 +142,44 @@ def _overload(name: str, version: str) -> Any:
         ) from None
 
 
-def _opaque(function: Any) -> Any:
-    # Compilers are to see the operator, not what is inside: it has a fake of its own.
-    return torch._disable_dynamo(function)  # type: ignore[attr-defined]
-
-
-def _with_packed(function: Any) -> Any:
-    """`function`, but with the kernel that was there before for weights in its own layout."""
-    from ._blockwise import is_cpu_packed, unpack_cpu_layout
-
+def _switch(name: str, operator: Any, ours: Any) -> Any:
+    """`ours` while enabled, else the kernel that was there before."""
     try:
-        before = torch.library.get_kernel("bitsandbytes::gemv_4bit", "CPU")
-    except (AttributeError, RuntimeError):
+        before = torch.library.get_kernel(operator, "CPU")
+    except RuntimeError:  # it has none for the CPU
         before = None
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+    arguments = operator._schema.arguments
+
+    def previous(*args: Any) -> Any:
+        if before is None:
+            raise NotImplementedError(
+                f"bitsandbytes::{name} has no CPU code of its own; "
+                "vramkit.interop.bitsandbytes.enable() brings one"
+            )
+        defaults = [argument.default_value for argument in arguments[len(args) :]]
+        return before.call_boxed(keys, *args, *defaults)
+
+    def switch(*args: Any) -> Any:
+        return ours(*args) if _on else previous(*args)
+
+    if name == "gemv_4bit":
+        return _with_packed(switch, previous)
+    return switch
+
+
+def _with_packed(switch: Any, previous: Any) -> Any:
+    """`switch`, but bitsandbytes' kernel for weights that are in its own layout."""
+    from ._blockwise import is_cpu_packed
 
     def gemv_4bit(A: Any, B: Any, shapeB: Any, absmax: Any, code: Any, blocksize: int) -> Any:
-        if is_cpu_packed(absmax, shapeB, blocksize):
-            if before is not None:
-                keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
-                return before.call_boxed(keys, A, B, shapeB, absmax, code, blocksize)
-            B, absmax = unpack_cpu_layout(B, absmax, shapeB)
-        return function(A, B, shapeB, absmax, code, blocksize)
+        packed = is_cpu_packed(absmax, shapeB, blocksize)
+        return (previous if packed else switch)(A, B, shapeB, absmax, code, blocksize)
 
     return gemv_4bit
 
 
-def _keep_layout(bitsandbytes: Any, made: _Registration) -> None:
+def _keep_layout(bitsandbytes: Any) -> None:
     """Stop Linear4bit from packing weights for a kernel that is no longer used."""
     modules = bitsandbytes.nn.modules
     name = "_convert_weight_packed_for_cpu"
@@ -181,7 +190,7 @@ def _keep_layout(bitsandbytes: Any, made: _Registration) -> None:
     def as_it_is(qweight: Any, quant_state: Any, block_n: int = 32) -> tuple[Any, Any]:
         return qweight, quant_state
 
-    made.undo.append((modules, name, own))
+    _replaced.append((modules, name, own))
     setattr(modules, name, as_it_is)
 
 

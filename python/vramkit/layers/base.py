@@ -39,7 +39,8 @@ def writable() -> Iterator[None]:
 def _refuse(what: str) -> ReadOnlyWeightError:
     return ReadOnlyWeightError(
         f"{what} would not change the stored weight of this converted layer. "
-        "Use vramkit.set_weight(layer, tensor), or vramkit.restore(model, dtype) for plain layers"
+        "Use vramkit.set_weight(layer, tensor), or vramkit.restore(model, dtype) for plain layers; "
+        "to merge LoRA adapters, vramkit.interop.peft.upgrade(model)"
     )
 
 
@@ -116,7 +117,12 @@ class LazyWeight(Tensor):
     def data(self, value: Tensor) -> None:
         if self._copy is not None:
             raise _refuse("assigning .data of a view")
-        if value is not self:
+        if value is self:
+            return
+        if value.dim() == self.dim() and value.shape != self.shape:
+            # A weight of another size is a new one: resize_token_embeddings assigns it like that.
+            self._owner._assign(value)
+        else:
             self._owner._write(value, "assigning .data")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
