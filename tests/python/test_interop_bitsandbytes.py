@@ -296,6 +296,23 @@ class TestLayers:
             assert torch.equal(compiled(x), layer(x))
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_offsets_of_other_dtypes(dtype: torch.dtype) -> None:
+    """Checkpoints hold the offset of nested scales in the model's dtype."""
+    packed, state = F.quantize_4bit(torch.randn(64, 64), compress_statistics=True)
+    offset = state.offset.to(dtype)
+    x = torch.randn(2, 64)
+    interop.enable()
+    y = torch.ops.bitsandbytes.gemm_4bit(
+        x, packed, [64, 64], state.state2.absmax, 64, "fp4", None, state.absmax,
+        state.state2.code, offset,
+    )  # fmt: skip
+    state.offset = offset.float()
+    dense = F.dequantize_4bit(packed, state)
+    bound = linear_bound(x, dense, None, torch.float32)
+    assert_within(y, x.double() @ dense.double().t(), bound)
+
+
 class TestGemv:
     @pytest.mark.parametrize("dtype", FLOATS)
     def test_against_float64(self, dtype: torch.dtype) -> None:

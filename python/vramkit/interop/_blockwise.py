@@ -165,18 +165,18 @@ def gemm_4bit(
     """A [..., K] times the 4-bit weight [N, K], from its packed bytes."""
     _check_input("gemm_4bit", A)
     table = _table4(quant_type)
-    scales, extra, kind = _bytes(absmax), None, _SCALE_F32
+    scales, extra, kind = _bytes(absmax.float()), None, _SCALE_F32
     if absmax_8bit is not None:
         assert absmax_code is not None
         assert absmax_offset is not None
         if torch.equal(absmax_code, _nested_table()):
             kind, scales = _SCALE_NESTED, _bytes(absmax_8bit)
-            extra = torch.cat([_bytes(absmax), _bytes(absmax_offset.reshape(1))])
+            extra = torch.cat([_bytes(absmax.float()), _bytes(absmax_offset.reshape(1).float())])
         else:
             wide = dequantize_blockwise(
                 absmax_8bit, absmax, absmax_code, NESTED_BLOCK, torch.float32
             )
-            scales = _bytes(wide + absmax_offset)
+            scales = _bytes(wide + absmax_offset.float())
     return _linear(A, B, shapeB, scales, extra, table, bias, _spec(4, blocksize, scale=kind))
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .base import QuantizedLayer, autocast_dtype, check_float, register_kind
+from .base import QuantizedLayer, autocast_dtype, check_float, in_transform, register_kind
 
 
 class QuantizedLinear(QuantizedLayer, nn.Linear):
@@ -32,6 +32,14 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
                 f"(a converted Linear of {self.in_features} to {self.out_features} features)"
             )
         fmt = self.storage_format
+        if in_transform():
+            if getattr(fmt, "activations", ""):
+                raise NotImplementedError(
+                    f"{fmt.name} rounds activations, which torch.func and forward-mode derivatives "
+                    "cannot follow; vramkit.restore the layer or convert it to int8"
+                )
+            bias = self.bias if self.bias is None else self.bias.to(x.dtype)
+            return functional.linear(x, self.dense_weight(x.dtype), bias)
         if fmt.storage_dtype == x.dtype:
             weight = self.codes.view(x.dtype)
             bias = self.bias if self.bias is None else self.bias.to(x.dtype)
