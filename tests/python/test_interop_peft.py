@@ -198,7 +198,7 @@ class TestRegistration:
         wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["up"]))
         fill(wrapped)
         before = stored(wrapped)
-        with pytest.raises(ReadOnlyWeightError, match="vramkit.interop.peft"):
+        with pytest.raises(ReadOnlyWeightError, match=r"vramkit\.interop\.peft"):
             wrapped.merge_adapter()
         assert all(torch.equal(a, b) for a, b in zip(before, stored(wrapped), strict=True))
         assert interop.upgrade(wrapped) == 1
