@@ -1,4 +1,4 @@
-// Schemas of all operators, in one place. Implementations: ops.cpp (CPU), and
+// Schemas of all operators, in one place. Implementations: ops.cpp, blockwise.cpp (CPU), and
 // python/vramkit/_operators.py for those that allocate or call torch's own products.
 //
 // A stored weight is passed as its parts (codes, scales, extra), the codebook's table, and `spec`:
@@ -37,6 +37,10 @@ inline constexpr const char* kSchemas[] = {
     // int8 products per second with operands in registers, on as many threads as `threads` is long.
     "_int8_peak(Tensor threads) -> float",
     "_int8_mm_out(Tensor a, Tensor b, Tensor(a!) out) -> ()",
+    // Blocks of 8-bit codes: how many of `bounds` (255, ascending) lie below x / absmax; blocks
+    // of zeros have code 0.
+    "_quantize_bounds_out(Tensor x, Tensor bounds, int block, Tensor(a!) codes, Tensor(b!) absmax) "
+    "-> ()",
     // [sum of squared differences between x and the stored weight, sum of squares of x], float64;
     // columns weighted by `importance` where given.
     "_squared_error(Tensor x, Tensor codes, Tensor scales, Tensor? extra, Tensor? table, "

@@ -26,9 +26,9 @@ from .formats import (
 )
 
 _ops = torch.ops.vramkit
-# Rows of x up to which a kernel takes the packed weight itself, by its unit and x's dtype; with more
-# rows, decoding a panel of the weight for torch's own product is faster. Measured: `python -m
-# benchmarks cpu` (benchmarks/README.md).
+# Rows of x up to which a kernel takes the packed weight itself, by its unit and x's dtype; with
+# more rows, decoding a panel of the weight for torch's own product is faster. Measured by
+# `python -m benchmarks cpu` (benchmarks/README.md).
 _FUSED_ROWS = {("avx512", torch.bfloat16): 96}
 _FUSED_ROWS_ELSEWHERE = 8
 # Bytes of one decoded panel: it fits the shared cache, and few barriers are met.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -338,6 +339,10 @@ def convert(
         )
         swap_candidate(candidate, parts)
     keep_ties(model)
+    if "peft.tuners.lora.model" in sys.modules:
+        from .interop.peft import register
+
+        register()  # adapters that are made on these layers can merge
     return report
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -130,3 +131,50 @@ def test_a_checkpoint_of_another_model(tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
     with pytest.raises(vramkit.CheckpointError, match="another model"):
         vramkit.load(tmp_path)
+
+
+@pytest.mark.parametrize("mean_resizing", [True, False])
+@pytest.mark.parametrize("size", [70, 48])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("precision", ["nf4", "int8"])
+def test_resize_token_embeddings(
+    precision: str, tied: bool, size: int, mean_resizing: bool
+) -> None:
+    from vramkit.interop.transformers import resize_token_embeddings
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        tie_word_embeddings=tied,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    vramkit.convert(model, precision)
+    ids = torch.tensor([[1, 2, 3]])
+    keep = min(64, size)
+    before, old = model(ids).logits, model.model.embed_tokens.dense_weight()
+    if tied:
+        codes = model.lm_head.codes
+        with pytest.raises(vramkit.ReadOnlyWeightError, match="resize_token_embeddings"):
+            model.resize_token_embeddings(size, mean_resizing=mean_resizing)
+        assert model.lm_head.codes is codes
+        assert model.model.embed_tokens.codes is codes
+        assert torch.equal(model(ids).logits, before)
+    else:  # transformers' own way gives a plain head of the same values
+        own = copy.deepcopy(model)
+        own.resize_token_embeddings(size, mean_resizing=mean_resizing)
+        assert torch.equal(own.model.embed_tokens.weight[:keep], old[:keep])
+        torch.testing.assert_close(own(ids).logits[..., :keep], before[..., :keep])
+    resize_token_embeddings(model, size, mean_resizing=mean_resizing)
+    assert model.config.vocab_size == size
+    for layer in (model.model.embed_tokens, model.lm_head):
+        assert layer.storage_format.name == precision
+        assert layer.weight.shape == (size, 64)
+    assert (model.lm_head.codes is model.model.embed_tokens.codes) is tied
+    assert torch.equal(model.model.embed_tokens.weight[:keep], old[:keep])
+    after = model(ids).logits
+    assert after.shape[-1] == size
+    torch.testing.assert_close(after[..., :keep], before[..., :keep])

@@ -39,7 +39,8 @@ def writable() -> Iterator[None]:
 def _refuse(what: str) -> ReadOnlyWeightError:
     return ReadOnlyWeightError(
         f"{what} would not change the stored weight of this converted layer. "
-        "Use vramkit.set_weight(layer, tensor), or vramkit.restore(model, dtype) for plain layers"
+        "Use vramkit.set_weight(layer, tensor), or vramkit.restore(model, dtype) for plain layers; "
+        "to merge LoRA adapters, vramkit.interop.peft.upgrade(model)"
     )
 
 
@@ -116,7 +117,17 @@ class LazyWeight(Tensor):
     def data(self, value: Tensor) -> None:
         if self._copy is not None:
             raise _refuse("assigning .data of a view")
-        if value is not self:
+        if value is self:
+            return
+        if value.dim() == self.dim() and value.shape != self.shape:
+            # A weight of another size is a new one: resize_token_embeddings assigns it like that.
+            if self._owner._shares_parts:
+                raise ReadOnlyWeightError(
+                    "this weight is tied to another converted layer's, which would keep its size; "
+                    "use vramkit.interop.transformers.resize_token_embeddings(model, size)"
+                )
+            self._owner._assign(value)
+        else:
             self._owner._write(value, "assigning .data")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
@@ -190,6 +201,7 @@ class QuantizedLayer(nn.Module):
     scales: Tensor
     extra: Tensor | None
     _base: type[nn.Module]
+    _shares_parts = False
 
     @property
     def parts(self) -> StoredParts:
@@ -245,6 +257,8 @@ class QuantizedLayer(nn.Module):
     ) -> None:
         self.storage_format, self.weight_shape = parts.fmt, tuple(parts.shape)
         self.compute_dtype = compute_dtype
+        if share is not None:
+            self._shares_parts = share._shares_parts = True
         for name in PART_NAMES:
             part = getattr(parts, name)
             if share is not None:
@@ -326,7 +340,7 @@ def unswap(layer: QuantizedLayer, weight: nn.Parameter) -> nn.Module:
     """Turn a converted layer back into the plain one it was, with `weight`, in place."""
     for name in PART_NAMES:
         layer._parameters.pop(name)
-    for name in ("storage_format", "compute_dtype", "weight_shape"):
+    for name in ("storage_format", "compute_dtype", "weight_shape", "_shares_parts"):
         layer.__dict__.pop(name, None)
     layer.__class__ = layer._base  # type: ignore[assignment]
     # First again, where state dicts of plain layers have it.
@@ -342,6 +356,18 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return x.dtype
+
+
+def in_transform() -> bool:
+    """Whether torch.func transforms or forward-mode differentiation are at work around this call.
+
+    The fused operators have a derivative for reverse mode alone, and forward mode would take it for
+    zero; layers then compute with the decoded weight and torch's own operators.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    level = torch.autograd.forward_ad._current_level
+    return level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def check_float(x: Tensor, layer: str) -> None:

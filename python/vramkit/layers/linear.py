@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from .._operators_int8 import linear_int8
-from .base import QuantizedLayer, autocast_dtype, check_float, register_kind
+from .base import QuantizedLayer, autocast_dtype, check_float, in_transform, register_kind
 
 
 class QuantizedLinear(QuantizedLayer, nn.Linear):
@@ -33,6 +34,14 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
                 f"(a converted Linear of {self.in_features} to {self.out_features} features)"
             )
         fmt = self.storage_format
+        if in_transform():
+            if fmt.activations:
+                raise NotImplementedError(
+                    f"{fmt.name} rounds activations, which torch.func and forward-mode derivatives "
+                    "cannot follow; vramkit.restore the layer or convert it to int8"
+                )
+            bias = self.bias if self.bias is None else self.bias.to(x.dtype)
+            return functional.linear(x, self.dense_weight(x.dtype), bias)
         if fmt.activations:
             return linear_int8(
                 x, self.codes, self.scales, self.bias, fmt.threshold, "none", self.out_features
