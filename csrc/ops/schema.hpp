@@ -16,6 +16,13 @@ inline constexpr const char* kSchemas[] = {
     "int[] spec, int out_features) -> Tensor",
     "embedding(Tensor indices, Tensor codes, Tensor scales, Tensor? extra, Tensor? table, "
     "int[] spec, int[] shape, ScalarType dtype) -> Tensor",
+    // Rows [first, first + count) of a weight seen as [rows, cols].
+    "dequantize_rows(Tensor codes, Tensor scales, Tensor? extra, Tensor? table, int[] spec, "
+    "SymInt rows, SymInt cols, SymInt first, SymInt count, ScalarType dtype) -> Tensor",
+    // x: [batch, channels, …]; `shape`: the weight's, as torch's convolutions have it.
+    "conv(Tensor x, Tensor codes, Tensor scales, Tensor? extra, Tensor? table, Tensor? bias, "
+    "int[] spec, int[] shape, int[] stride, SymInt[] padding, int[] dilation, bool transposed, "
+    "SymInt[] output_padding, int groups) -> Tensor",
     // Kernels: write into what the caller allocated.
     "_quantize_out(Tensor x, Tensor? table, int[] spec, Tensor(a!) codes, Tensor(b!) scales, "
     "Tensor(c!) extra) -> ()",

@@ -20,16 +20,19 @@ import torch
 from torch import Tensor, nn
 
 from . import _core
-from ._operators import encode
+from .candidates import User
 from .convert import (
     Candidate,
     Precision,
     Progress,
     candidates,
+    check_activations,
     check_names,
     check_weight,
     convert,
+    encode_candidate,
     keep_ties,
+    precision_of,
     progress_bar,
     storage_format,
     swap_candidate,
@@ -37,7 +40,7 @@ from .convert import (
 from .errors import CheckpointError
 from .formats import StorageFormat, get_format, register_format
 from .layers import QuantizedLayer
-from .layers.base import PART_NAMES
+from .layers.base import PART_NAMES, part_name
 from .shards import INDEX, SAFETENSORS_NAMES, WEIGHTS, Checkpoint
 from .skeleton import MANIFEST, build_skeleton, match_names, set_tensor
 
@@ -126,16 +129,19 @@ def load(
             if id(value) in done:
                 continue
             done.add(id(value))
-            tensor = checkpoint.read(places[name])
-            size = tensor.nbytes
             if name in chosen:
                 candidate, fmt = chosen[name]
+                if name != candidate.source_names[0]:
+                    continue  # folded with the first
+                tensor, size = _read_weight(candidate, checkpoint, places)
                 check_weight(candidate.name, tensor, fmt)
-                parts = encode(tensor, fmt)
+                parts = encode_candidate(candidate, tensor, fmt)
                 del tensor
                 freed.count(size)
                 swap_candidate(candidate, parts)
             else:
+                tensor = checkpoint.read(places[name])
+                size = tensor.nbytes
                 set_tensor(model, name, tensor, getattr(value, "requires_grad", False))
             advance(size, name)
     keep_ties(model)
@@ -148,7 +154,7 @@ def _choose(
     precision: Precision | Mapping[str, Precision | None] | None,
     skip: Iterable[str],
 ) -> dict[str, tuple[Candidate, StorageFormat]]:
-    """(layer, format) by the name of its weight; tied layers under every name."""
+    """(layer, format) by the names of what its weight is made of; tied ones under every name."""
     if precision is None:
         return {}
     found, _ = candidates(model, skip)
@@ -156,13 +162,36 @@ def _choose(
         check_names(precision, found)
     chosen: dict[str, tuple[Candidate, StorageFormat]] = {}
     for candidate in found:
-        wanted = precision.get(candidate.name) if isinstance(precision, Mapping) else precision
+        mapping = isinstance(precision, Mapping)
+        wanted = precision_of(precision, candidate) if mapping else precision  # type: ignore[arg-type]
         if wanted is None or wanted == "fp32":
             continue
-        fmt = storage_format(wanted)
-        for name in (candidate.name, *(n for n, _ in candidate.tied)):
-            chosen[f"{name}.weight" if name else "weight"] = (candidate, fmt)
+        fmt = storage_format(wanted)  # type: ignore[arg-type]
+        if check_activations(candidate, fmt) is not None:
+            continue
+        for name in (*candidate.source_names, *(user.full_name for user in candidate.users[1:])):
+            chosen[name] = (candidate, fmt)
     return chosen
+
+
+def _read_weight(
+    candidate: Candidate, checkpoint: Checkpoint, places: dict[str, str]
+) -> tuple[Tensor, int]:
+    """A candidate's plain weight, folded if need be, and how many bytes were read for it."""
+    if candidate.folding is None:
+        tensor = checkpoint.read(places[candidate.full_name])
+        return tensor, tensor.nbytes
+    size = 0
+    for name, (_, owner, leaf) in zip(
+        candidate.source_names, candidate.folding.sources, strict=True
+    ):
+        tensor = checkpoint.read(places[name])
+        size += tensor.nbytes
+        if leaf in owner._buffers:
+            owner._buffers[leaf] = tensor
+        else:
+            owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    return candidate.weight, size
 
 
 def plan_checkpoint(
@@ -182,9 +211,8 @@ def plan_checkpoint(
     freed = _FreedMemory()
 
     def read(candidate: Candidate) -> Tensor:
-        name = f"{candidate.name}.weight" if candidate.name else "weight"
         freed.count(freed.EVERY)  # the weight before this one, and its form in each format
-        return checkpoint.read(places[name])
+        return _read_weight(candidate, checkpoint, places)[0]
 
     return plan(model, vram_limit, read_weight=read, **options)
 
@@ -202,23 +230,25 @@ def _manifest(model: nn.Module) -> dict[str, Any]:
     for name, module in model.named_modules():
         if not isinstance(module, QuantizedLayer):
             continue
-        key = id(module._parameters["codes"])
-        if key in owners:
-            tied[name] = owners[key]
-            continue
-        owners[key] = name
-        fmt = module.storage_format
-        layers[name] = {
-            "format": fmt.name,
-            "shape": list(module.weight_shape),
-            "compute_dtype": str(module.compute_dtype).removeprefix("torch."),
-        }
-        if fmt.name not in builtin:
-            formats[fmt.name] = {
-                "table": list(fmt.native.table),
-                "block": fmt.block,
-                "nested": fmt.nested,
+        for leaf in module.stored_names:
+            key, user = id(module.stored_part(leaf, "codes")), User(name, leaf, module).layer_name
+            if key in owners:
+                tied[user] = owners[key]
+                continue
+            owners[key] = user
+            stored = module.stored_parameter(leaf)
+            fmt = stored.fmt
+            layers[user] = {
+                "format": fmt.name,
+                "shape": list(stored.shape),
+                "compute_dtype": str(stored.dtype).removeprefix("torch."),
             }
+            if fmt.name not in builtin:
+                formats[fmt.name] = {
+                    "table": list(fmt.native.table),
+                    "block": fmt.block,
+                    "nested": fmt.nested,
+                }
     return {"schema": SCHEMA, "layers": layers, "tied": tied, "formats": formats}
 
 
@@ -317,28 +347,7 @@ def _load_converted(
     checkpoint = Checkpoint(folder / WEIGHTS)
     model = build_skeleton(folder, factory)
     _retype(model, checkpoint, manifest)
-    try:
-        convert(model, {name: fmt for name, (fmt, _, _) in manifest["layers"].items()})
-    except ValueError as error:
-        raise CheckpointError(f"{folder} belongs to another model: {error}") from error
-    for name, (_, shape, dtype) in manifest["layers"].items():
-        layer = model.get_submodule(name)
-        assert isinstance(layer, QuantizedLayer)
-        if tuple(layer.weight_shape) != shape:
-            raise CheckpointError(
-                f"{folder}: {name!r} was saved with shape {shape}, the model has "
-                f"{tuple(layer.weight_shape)}"
-            )
-        layer.compute_dtype = dtype
-    modules = dict(model.named_modules())
-    for name, source_name in manifest["tied"].items():
-        other, source = modules.get(name), modules.get(source_name)
-        if not isinstance(other, QuantizedLayer) or not isinstance(source, QuantizedLayer):
-            raise CheckpointError(
-                f"{folder} belongs to another model: it ties {name!r} to {source_name!r}, "
-                "which are not both converted layers here"
-            )
-        other.compute_dtype = source.compute_dtype
+    _convert_as_saved(model, manifest, folder)
     places = match_names(model, checkpoint)
     with progress_bar(progress, checkpoint.nbytes, "load") as advance:
         done: set[int] = set()
@@ -356,6 +365,40 @@ def _load_converted(
     keep_ties(model)
     _check_complete(model, folder)
     return model
+
+
+def _convert_as_saved(model: nn.Module, manifest: dict[str, Any], folder: Path) -> None:
+    """Give a skeleton the converted layers that a manifest lists, with their compute dtypes."""
+    wanted = {name: fmt for name, (fmt, _, _) in manifest["layers"].items()}
+    # Parameters that only a caller's `parameters=` made storable, and none besides.
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    weights = {f"{name}.weight" if name else "weight" for name in wanted}
+    try:
+        convert(model, wanted, parameters=sorted(names & (weights | set(wanted))))
+    except ValueError as error:
+        raise CheckpointError(f"{folder} belongs to another model: {error}") from error
+    stored = {
+        User(name, leaf, module).layer_name: module.stored_parameter(leaf)
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedLayer)
+        for leaf in module.stored_names
+    }
+    for name, (_, shape, dtype) in manifest["layers"].items():
+        if name not in stored:
+            raise CheckpointError(f"{folder}: {name!r} was saved converted, and stays plain here")
+        if stored[name].shape != shape:
+            raise CheckpointError(
+                f"{folder}: {name!r} was saved with shape {shape}, the model has "
+                f"{stored[name].shape}"
+            )
+        stored[name].dtype = dtype
+    for name, source_name in manifest["tied"].items():
+        if name not in stored or source_name not in stored:
+            raise CheckpointError(
+                f"{folder} belongs to another model: it ties {name!r} to {source_name!r}, "
+                "which are not both converted layers here"
+            )
+        stored[name].dtype = stored[source_name].dtype
 
 
 def _retype(model: nn.Module, checkpoint: Checkpoint, manifest: dict[str, Any]) -> None:
@@ -405,7 +448,9 @@ def convert_checkpoint(
                 (output.name, checkpoint.info(places[output.name]).dtype, list(output.tensor.shape))
             )
         else:
-            parts = encode(output.tensor, output.fmt)  # on meta: shapes only
+            assert output.layer is not None
+            # On meta: shapes only.
+            parts = encode_candidate(output.layer, output.layer.weight, output.fmt)
             specs += [
                 (_part(output, leaf), "U8", list(getattr(parts, leaf).shape))
                 for leaf in PART_NAMES
@@ -416,8 +461,11 @@ def convert_checkpoint(
     with _core.SafetensorsWriter(folder / WEIGHTS, specs, {"format": "pt"}) as writer:
         with progress_bar(progress, checkpoint.nbytes, "convert") as advance:
             for output in outputs:
-                tensor = checkpoint.read(places[output.name])
-                size = tensor.nbytes
+                if output.layer is None:
+                    tensor = checkpoint.read(places[output.name])
+                    size = tensor.nbytes
+                else:
+                    tensor, size = _read_weight(output.layer, checkpoint, places)
                 written += _write_output(writer, output, tensor)
                 del tensor
                 freed.count(size)
@@ -438,12 +486,16 @@ def _outputs(
             continue
         seen.add(id(value))
         layer, fmt = chosen.get(name, (None, None))
+        if layer is not None and name != layer.source_names[0]:
+            continue  # folded with the first
         outputs.append(_Output(name, value.detach(), layer, fmt))
     return outputs
 
 
 def _part(output: _Output, leaf: str) -> str:
-    return output.name.removesuffix("weight") + leaf
+    assert output.layer is not None
+    user = output.layer.users[0]
+    return user.full_name.removesuffix(user.leaf) + part_name(user.leaf, leaf)
 
 
 def _write_output(writer: _core.SafetensorsWriter, output: _Output, tensor: Tensor) -> int:
@@ -451,7 +503,7 @@ def _write_output(writer: _core.SafetensorsWriter, output: _Output, tensor: Tens
         writer.write(output.name, tensor.data_ptr(), tensor.nbytes)
         return tensor.nbytes
     check_weight(output.layer.name, tensor, output.fmt)
-    parts = encode(tensor, output.fmt)
+    parts = encode_candidate(output.layer, tensor, output.fmt)
     for leaf in PART_NAMES:
         part = getattr(parts, leaf)
         if part is not None:

@@ -170,7 +170,7 @@ def _layer_bytes(model: nn.Module) -> Iterable[tuple[str, str, int]]:
             continue
         seen.update(fresh)
         if isinstance(module, QuantizedLayer):
-            fmt = module.storage_format.name
+            fmt = module.format_names
         else:
             fmt = str(next(iter(fresh.values())).dtype).removeprefix("torch.")
         yield name, fmt, sum(p.numel() * p.element_size() for p in fresh.values())

@@ -218,11 +218,13 @@ def test_weights_shared_with_something_plain_stay_plain() -> None:
             self.raw = self.layer.weight
 
     model = Odd()
-    found, left = candidates(model)
+    found, left = candidates(model, parameters=False)
     assert found == []
     assert left[0][2] == 64 * 64 * 4
-    vramkit.convert(model, "nf4")
+    vramkit.convert(model, "nf4", parameters=False)
     assert model.raw is model.layer.weight
+    vramkit.convert(model, "nf4")
+    assert model.raw_codes is model.layer.codes
 
 
 def test_a_module_used_in_two_places_is_converted_once() -> None:

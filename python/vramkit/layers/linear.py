@@ -16,6 +16,7 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
     on). Products accumulate in float32. Gradients flow to x and to the bias.
     """
 
+    activation_modes = ("", "int8_dynamic", "llm_int8")
     in_features: int
     out_features: int
     bias: nn.Parameter | None  # type: ignore[assignment]
