@@ -7,6 +7,7 @@ to the input are the transposed convolution with the same stored weight, decoded
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -154,11 +155,24 @@ def _transposed_slices(
     return out
 
 
-def conv_workspace(args: tuple[Any, ...]) -> int:
-    """Bytes that `conv` holds besides inputs and output, as the code above goes.
+def _torch_copies(
+    x: Tensor, shape: list[int], outputs: list[int], transposed: bool, groups: int, weight: int
+) -> int:
+    """Elements that torch's convolution holds on a CPU, by the library that it chooses.
 
-    On a CPU torch's convolution copies its input and weight into an order of its own.
+    oneDNN copies input and weight into orders of its own; small inputs are unfolded instead
+    (`use_mkldnn` in ATen's Convolution.cpp).
     """
+    kernel = shape[2:]
+    wide = len(kernel) > 1 and min(kernel[-2:]) > 3
+    if groups > 1 or wide or x.shape[0] > 1 or x.numel() > 20480 or x.dtype != torch.float32:
+        return x.numel() + weight
+    places = math.prod(x.shape[2:]) if transposed else math.prod(outputs[2:])
+    return shape[1] * math.prod(kernel) * places
+
+
+def conv_workspace(args: tuple[Any, ...]) -> int:
+    """Bytes that `conv` holds besides inputs and output, as the code above goes."""
     x, spec, shape = args[0], args[6], args[7]
     transposed, groups = args[11], args[13]
     dtype = _product_dtype(x)
@@ -167,15 +181,14 @@ def conv_workspace(args: tuple[Any, ...]) -> int:
     if _separable(spec, cols):
         pieces = _pieces(shape, groups, dtype.itemsize)
     largest = max(count for _, count, _ in pieces)
+    outputs = _output_size(x, shape, *args[8:12], args[12], groups)
+    count = math.prod(outputs)
     held = largest * cols * dtype.itemsize
     if x.device.type == "cpu":
-        held += held + x.numel() * dtype.itemsize
+        copies = _torch_copies(x, shape, outputs, transposed, groups, largest * cols)
+        held += copies * dtype.itemsize
     if dtype != x.dtype:
         held += x.numel() * dtype.itemsize
-    outputs = _output_size(x, shape, *args[8:12], args[12], groups)
-    count = 1
-    for size in outputs:
-        count *= size
     if len(pieces) == 1:
         return held + (0 if dtype == x.dtype else count * dtype.itemsize)
     if transposed:
