@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .. import _convolution  # noqa: F401  (defines vramkit::conv)
+from .._operators import _product_dtype
 from .base import QuantizedLayer, autocast_dtype, check_float, register_kind
 
 
@@ -72,7 +73,8 @@ class QuantizedConv(QuantizedLayer):
     ) -> Tensor:
         fmt, shape = self.storage_format, list(self.weight_shape)
         stride, dilation = list(self.stride), list(self.dilation)
-        if fmt.storage_dtype == x.dtype:
+        # No CPU multiplies float16 at full rate or with wide sums: the operator takes float32.
+        if fmt.storage_dtype == x.dtype == _product_dtype(x):
             bias = None if self.bias is None else self.bias.to(x.dtype)
             weight = self.codes.view(x.dtype).view(shape)
             return torch.convolution(

@@ -213,7 +213,7 @@ class QuantizedCell(QuantizedLayer):
         if name not in self._stored:
             return functional.linear(x, getattr(self, name).to(x.dtype), bias)
         parts = self.parts_of(name)
-        if parts.fmt.storage_dtype == x.dtype:
+        if parts.fmt.storage_dtype == x.dtype == _product_dtype(x):
             return functional.linear(x, parts.codes.view(x.dtype), bias)
         out: Tensor = torch.ops.vramkit.linear(
             x, *parts.arguments, bias, parts.fmt.spec, parts.shape[0]
