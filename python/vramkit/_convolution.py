@@ -145,7 +145,7 @@ def _transposed_slices(
 ) -> Tensor:
     """Rows are input channels here: the slices of one group add up, in float32."""
     each, channels = shape[0] // groups, shape[1]
-    out = torch.zeros(sizes, dtype=torch.float32, device=x.device, memory_format=layout)
+    out = torch.empty(sizes, dtype=torch.float32, device=x.device, memory_format=layout).zero_()
     for first, count, n in pieces:
         group = first // each
         made = product(x[:, first : first + count], first, count, n, None)

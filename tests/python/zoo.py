@@ -41,7 +41,7 @@ def call(model: nn.Module, inputs: Inputs) -> Tensor:
     """The model's first tensor for `inputs`."""
     with torch.no_grad():
         out = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
-    for key in ("logits", "last_hidden_state", "sample", "audio_values"):
+    for key in ("logits", "image_embeds", "last_hidden_state", "sample", "audio_values"):
         if getattr(out, key, None) is not None:
             return getattr(out, key)  # type: ignore[no-any-return]
     while not isinstance(out, Tensor):
@@ -196,7 +196,7 @@ def picture(name: str, timm_name: str, **options: Any) -> None:
 picture("mobilenet v3", "mobilenetv3_large_100")
 picture("resnet, standardized weights", "resnetv2_50", num_classes=100)
 picture("efficientnet", "tf_efficientnet_b0")
-picture("mlp mixer", "mixer_s32_224", img_size=64)
+picture("mlp mixer", "mixer_s32_224", img_size=64, num_classes=0)
 picture("beit", "beit_base_patch16_224", img_size=64)
 
 

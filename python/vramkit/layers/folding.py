@@ -69,7 +69,7 @@ class Folding:
             remove_spectral_norm(self.module, self.leaf)
         else:
             weight = nn.Parameter(self.weight(), requires_grad=grad)
-            parametrize.remove_parametrizations(self.module, self.leaf, leave_parametrized=False)
+            _remove_parametrization(self.module, self.leaf)
             self.module._parameters[self.leaf] = weight
         parameters = self.module._parameters
         weight_ = parameters.pop(self.leaf)
@@ -84,6 +84,24 @@ class Folding:
             parameter = owner._parameters.get(leaf)
             if parameter is not None:
                 yield parameter
+
+
+def _remove_parametrization(module: nn.Module, leaf: str) -> None:
+    """Take the parametrization of `leaf` away from `module` alone.
+
+    torch's own function takes it from the module's class, which copies of the module share: those
+    would lose their weight.
+    """
+    lists: Any = module.parametrizations
+    del lists[leaf]
+    shared = type(module)
+    plain = parametrize.type_before_parametrizations(module)
+    if len(lists) == 0:
+        delattr(module, "parametrizations")
+        module.__class__ = plain
+    else:
+        body = {name: value for name, value in vars(shared).items() if name != leaf}
+        module.__class__ = type(shared.__name__, (plain,), body)
 
 
 def _hook_of(module: nn.Module, leaf: str) -> Any:
