@@ -131,7 +131,8 @@ def check_weight(name: str, weight: Tensor, fmt: StorageFormat) -> None:
 
 def check_names(precision: Mapping[str, Precision | None], found: list[Candidate]) -> None:
     """Raise ValueError for a name in `precision` that no layer has."""
-    unknown = set(precision) - {c.name for c in found} - {c.module_name for c in found}
+    known = {name for c in found for user in c.users for name in (user.layer_name, user.name)}
+    unknown = set(precision) - known
     if unknown:
         raise ValueError(
             f"no layer to convert is named {sorted(unknown)[0]!r} (of {len(unknown)} such names); "
@@ -142,8 +143,9 @@ def check_names(precision: Mapping[str, Precision | None], found: list[Candidate
 def precision_of(
     precision: Mapping[str, Precision | None], candidate: Candidate
 ) -> Precision | None:
-    """What `precision` says of a candidate: by its own name, else by its module's."""
-    return precision.get(candidate.name, precision.get(candidate.module_name))
+    """What `precision` says of a candidate: by its names, else by its modules'."""
+    names = [user.layer_name for user in candidate.users] + [user.name for user in candidate.users]
+    return next((precision[name] for name in names if name in precision), None)
 
 
 def check_activations(candidate: Candidate, fmt: StorageFormat) -> str | None:

@@ -6,6 +6,7 @@ of torch's generations are known, hooks (torch.nn.utils.weight_norm) and paramet
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -41,9 +42,14 @@ class Folding:
             made: Tensor = hook.compute_weight(self.module)
             return made
         if isinstance(hook, SpectralNorm):
+            original: Tensor = getattr(self.module, f"{self.leaf}_orig")
+            if original.is_meta:  # its buffers are not
+                return torch.empty_like(original)
             return hook.compute_weight(self.module, do_power_iteration=False)
         chain: Any = self.module.parametrizations
         chain = chain[self.leaf]
+        if any(p.is_meta for p in chain.parameters()):  # buffers may have memory still
+            chain = copy.deepcopy(chain).to("meta")
         modes = [(m, m.training) for m in chain.modules()]
         chain.eval()  # spectral norm iterates in training
         try:
@@ -93,9 +99,9 @@ def _remove_parametrization(module: nn.Module, leaf: str) -> None:
     would lose their weight.
     """
     lists: Any = module.parametrizations
+    plain = parametrize.type_before_parametrizations(module)
     del lists[leaf]
     shared = type(module)
-    plain = parametrize.type_before_parametrizations(module)
     if len(lists) == 0:
         delattr(module, "parametrizations")
         module.__class__ = plain
