@@ -181,7 +181,8 @@ def conv_workspace(args: tuple[Any, ...]) -> int:
     if _separable(spec, cols):
         pieces = _pieces(shape, groups, dtype.itemsize)
     largest = max(count for _, count, _ in pieces)
-    outputs = _output_size(x, shape, *args[8:12], args[12], groups)
+    stride, padding, dilation = args[8:11]
+    outputs = _output_size(x, shape, stride, padding, dilation, transposed, args[12], groups)
     count = math.prod(outputs)
     held = largest * cols * dtype.itemsize
     if x.device.type == "cpu":

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from ._operators import matrix_shape
 from .layers import QuantizedLayer, find_kind, is_layer_weight, row_dimensions
@@ -234,7 +234,7 @@ def _counts(model: nn.Module) -> dict[int, int]:
 
 
 def _nbytes(parameter: Tensor) -> int:
-    if isinstance(parameter, UninitializedTensorMixin):
+    if is_lazy(parameter):
         return 0
     return parameter.numel() * parameter.element_size()
 
@@ -268,7 +268,7 @@ def _unusable(
     if isinstance(module, torch.jit.ScriptModule):
         return "TorchScript modules stay plain"
     parameter = module._parameters.get(leaf)
-    if isinstance(parameter, UninitializedTensorMixin):
+    if parameter is not None and is_lazy(parameter):
         return "not initialized yet"
     layer = is_layer_weight(module, leaf)
     if folded is not None and not layer:

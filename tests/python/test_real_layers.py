@@ -44,8 +44,8 @@ def tones(count: int, samples: int, rate: int = 16000) -> Tensor:
         for h in range(1, 25):
             strength = np.exp(-(((h * float(pitch.mean()) - formant) / 600) ** 2)) + 0.05
             out[k] += strength * torch.sin(h * phase)
-    out = out / out.abs().amax(-1, keepdim=True)
-    return 0.3 * out + 0.003 * torch.randn(count, samples)
+    out = out / out.square().mean(-1, keepdim=True).sqrt()
+    return (out + 0.01 * torch.randn(count, samples)) * 10 ** (-30 / 20)  # -30 dBFS
 
 
 def mel(sound: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ class QuantizedConv(QuantizedLayer):
     dilation: tuple[int, ...]
     output_padding: tuple[int, ...]
     groups: int
-    padding_mode: str
+    padding_mode: Any
     bias: Tensor | None
     _reversed_padding_repeated_twice: list[int]
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.spectral_norm import SpectralNorm, remove_spectral_norm
+from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
 
 
@@ -72,7 +72,9 @@ class Folding:
         if isinstance(hook, WeightNorm):
             remove_weight_norm(self.module, self.leaf)
         elif isinstance(hook, SpectralNorm):
-            remove_spectral_norm(self.module, self.leaf)
+            weight = nn.Parameter(self.weight(), requires_grad=grad)
+            _remove_spectral_norm(self.module, hook)
+            self.module._parameters[self.leaf] = weight
         else:
             weight = nn.Parameter(self.weight(), requires_grad=grad)
             _remove_parametrization(self.module, self.leaf)
@@ -90,6 +92,30 @@ class Folding:
             parameter = owner._parameters.get(leaf)
             if parameter is not None:
                 yield parameter
+
+
+def _remove_spectral_norm(module: nn.Module, hook: SpectralNorm) -> None:
+    """Take the hooks, ingredients and computed weight of `hook` away from `module`.
+
+    torch's own function computes the weight once more, and leaves the hook that asks state dicts
+    for its ingredients.
+    """
+    name: str = hook.name
+    module.__dict__.pop(name, None)
+    del module._parameters[f"{name}_orig"]
+    for buffer in (f"{name}_u", f"{name}_v"):
+        del module._buffers[buffer]
+    for hooks in (
+        module._forward_pre_hooks,
+        module._state_dict_hooks,
+        module._load_state_dict_pre_hooks,
+    ):
+        for key, entry in list(hooks.items()):
+            inner: Any = getattr(entry, "hook", entry)  # torch wraps some
+            if getattr(inner, "fn", inner) is hook or (
+                isinstance(getattr(inner, "fn", None), SpectralNorm) and inner.fn.name == name
+            ):
+                del hooks[key]
 
 
 def _remove_parametrization(module: nn.Module, leaf: str) -> None:

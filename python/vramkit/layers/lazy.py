@@ -53,11 +53,11 @@ class _Step(NamedTuple):
     func: Any
     args: tuple[Any, ...]  # without the tensor itself
     kwargs: dict[str, Any]
-    index: int | None  # which one, where the operator gives several
+    which: int | None  # which one, where the operator gives several
 
     def __call__(self, tensor: Tensor) -> Tensor:
         out = self.func(tensor, *self.args, **self.kwargs)
-        made: Tensor = out if self.index is None else out[self.index]
+        made: Tensor = out if self.which is None else out[self.which]
         return made
 
 
@@ -246,17 +246,18 @@ def _leading_range(
     if step.func is _aten.select.int and args[0] in (0, -len(shape)):
         return args[1] % size, 1, False
     if step.func is _aten.slice.Tensor:
-        dim, start, end, stride = (*args, *(0, None, None, 1)[len(args) :])
+        options: tuple[Any, ...] = (0, None, None, 1)
+        dim, start, end, stride = args + options[len(args) :]
         if dim in (0, -len(shape)) and stride == 1 and not step.kwargs:
             first, last, _ = slice(start, end).indices(size)
             return first, max(0, last - first), True
     if step.func is _aten.split.Tensor and (args[1] if len(args) > 1 else 0) == 0:
-        assert step.index is not None
-        first = step.index * args[0]
+        assert step.which is not None
+        first = step.which * args[0]
         return first, min(args[0], size - first), True
     if step.func is _aten.unbind.int and (args[0] if args else 0) == 0:
-        assert step.index is not None
-        return step.index, 1, False
+        assert step.which is not None
+        return step.which, 1, False
     return None
 
 

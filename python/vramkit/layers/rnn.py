@@ -53,6 +53,7 @@ class QuantizedRNN(QuantizedLayer):
         if not packed and self.batch_first:
             x = x.transpose(0, 1)
         work = _product_dtype(x.to(dtype) if x.dtype != dtype else x)
+        out: Any
         out, finals = self._run(x.to(work), [s.to(work) for s in states], sizes)
         out, finals = out.to(dtype), [s.to(dtype) for s in finals]
         if back is not None:
@@ -178,8 +179,8 @@ class QuantizedCell(QuantizedLayer):
 
     input_size: int
     hidden_size: int
-    bias_ih: Tensor | None
-    bias_hh: Tensor | None
+    bias_ih: Any
+    bias_hh: Any
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         """The next state of the cell; `input` [batch, input_size] or [input_size]."""
