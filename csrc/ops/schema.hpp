@@ -21,6 +21,13 @@ inline constexpr const char* kSchemas[] = {
     "str activation, int out_features) -> Tensor",
     "quantize_rows(Tensor x, float threshold) -> (Tensor, Tensor, Tensor)",
     "int8_mm(Tensor a, Tensor b) -> Tensor",
+    // Rows [first, first + count) of a weight seen as [rows, cols].
+    "dequantize_rows(Tensor codes, Tensor scales, Tensor? extra, Tensor? table, int[] spec, "
+    "SymInt rows, SymInt cols, SymInt first, SymInt count, ScalarType dtype) -> Tensor",
+    // x: [batch, channels, …]; `shape`: the weight's, as torch's convolutions have it.
+    "conv(Tensor x, Tensor codes, Tensor scales, Tensor? extra, Tensor? table, Tensor? bias, "
+    "int[] spec, int[] shape, int[] stride, SymInt[] padding, int[] dilation, bool transposed, "
+    "SymInt[] output_padding, int groups) -> Tensor",
     // Kernels: write into what the caller allocated.
     "_quantize_out(Tensor x, Tensor? table, int[] spec, Tensor(a!) codes, Tensor(b!) scales, "
     "Tensor(c!) extra) -> ()",

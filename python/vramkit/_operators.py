@@ -7,6 +7,8 @@ torch's own matrix product, one decoded panel of weight rows at a time.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +20,8 @@ from .formats import (
     _ENCODER,
     _ENCODER_BF16,
     _ENCODER_FP16,
+    _GRAIN,
+    _GRAIN_FLAT,
     _SCALE,
     _SCALE_F32,
     _SCALE_FORMAT,
@@ -111,6 +115,28 @@ def _dequantize(
 
 def _separable(spec: list[int], cols: int) -> bool:
     return spec[2] != 3 or cols % spec[3] == 0
+
+
+def _dequantize_rows(
+    codes: Tensor,
+    scales: Tensor,
+    extra: Tensor | None,
+    table: Tensor | None,
+    spec: list[int],
+    rows: int,
+    cols: int,
+    first: int,
+    count: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    if not _separable(spec, cols) and count < rows:
+        # Blocks cross these rows, so that all are decoded; the copy lets go of the others.
+        whole = _dequantize(codes, scales, extra, table, spec, [rows, cols], dtype)
+        return whole[first : first + count].clone()
+    out = torch.empty((count, cols), dtype=_kernel_dtype(dtype), device=codes.device)
+    if out.numel():
+        _ops._dequantize_out(codes, scales, extra, table, spec, rows, cols, first, out)
+    return out.to(dtype)
 
 
 def panel_rows(cols: int, itemsize: int, rows: int) -> int:
@@ -227,6 +253,10 @@ def workspace_bytes(name: str, args: tuple[Any, ...]) -> int:
         count = x.numel() // x.shape[-1] if x.shape[-1] else 0
         widened = 0 if bias is None or bias.dtype == torch.float32 else 4 * out_features
         return int8_bytes(count, x.shape[-1], threshold) + widened
+    if name == "conv":
+        from ._convolution import conv_workspace
+
+        return conv_workspace(args)
     if name != "linear":
         return 0
     x, spec, out_features = args[0], args[6], args[7]
@@ -249,6 +279,7 @@ _library = torch.library.Library("vramkit", "IMPL")
 for _key in ("CPU",):  # CUDA kernels come with the CUDA milestone (docs/gpu-status.md)
     _library.impl("quantize", _quantize, _key)
     _library.impl("dequantize", _dequantize, _key)
+    _library.impl("dequantize_rows", _dequantize_rows, _key)
     _library.impl("linear", _linear, _key)
     _library.impl("embedding", _embedding, _key)
 
@@ -264,6 +295,12 @@ def _(x: Tensor, table: Tensor | None, spec: list[int]) -> tuple[Tensor, Tensor,
 def _(codes: Tensor, scales: Tensor, extra: Tensor | None, table: Tensor | None, spec: list[int],
       shape: list[int], dtype: torch.dtype) -> Tensor:  # fmt: skip
     return codes.new_empty(shape, dtype=dtype)
+
+
+@torch.library.register_fake("vramkit::dequantize_rows")
+def _(codes: Tensor, scales: Tensor, extra: Tensor | None, table: Tensor | None, spec: list[int],
+      rows: int, cols: int, first: int, count: int, dtype: torch.dtype) -> Tensor:  # fmt: skip
+    return codes.new_empty((count, cols), dtype=dtype)
 
 
 @torch.library.register_fake("vramkit::linear")
@@ -303,9 +340,13 @@ torch.library.register_autograd(
 
 
 class StoredParts:
-    """The parts of one stored weight, as operators take them."""
+    """The parts of one stored weight, as operators take them.
 
-    __slots__ = ("codes", "extra", "fmt", "scales", "shape")
+    Its rows are its first `lead` dimensions, its columns the others; every row has scales of its
+    own (or, in flat formats, blocks run on across rows).
+    """
+
+    __slots__ = ("codes", "extra", "fmt", "lead", "scales", "shape")
 
     def __init__(
         self,
@@ -314,8 +355,9 @@ class StoredParts:
         codes: Tensor,
         scales: Tensor,
         extra: Tensor | None,
+        lead: int = 1,
     ) -> None:
-        self.fmt, self.shape = fmt, shape
+        self.fmt, self.shape, self.lead = fmt, shape, lead
         self.codes, self.scales, self.extra = codes, scales, extra
 
     @property
@@ -325,26 +367,77 @@ class StoredParts:
             part.numel() for part in (self.codes, self.scales, self.extra) if part is not None
         )
 
+    @property
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Codes, scales, extra and table: what every operator on a stored weight begins with."""
+        return self.codes, self.scales, self.extra, self.fmt.table_on(self.codes.device)
+
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The decoded weight."""
-        out: Tensor = _ops.dequantize(
-            self.codes,
-            self.scales,
-            self.extra,
-            self.fmt.table_on(self.codes.device),
-            self.fmt.spec,
-            list(self.shape),
-            dtype,
+        rows, cols = matrix_shape(self.shape, self.lead)
+        shape = list(self.shape) if self.lead == 1 else [rows, cols]
+        out: Tensor = _ops.dequantize(*self.arguments, self.fmt.spec, shape, dtype)
+        return out if self.lead == 1 else out.reshape(self.shape)
+
+    def _leading(self) -> tuple[int, int, int]:
+        """(rows, columns, rows for each index of the first dimension) that row access works with.
+
+        Blocks of flat formats do not know rows: one row for each index needs the least alignment.
+        """
+        rows, cols = matrix_shape(self.shape, self.lead)
+        each = rows // self.shape[0] if self.shape[0] else 1
+        if self.fmt.spec[_GRAIN] == _GRAIN_FLAT:
+            return self.shape[0], cols * each, 1
+        return rows, cols, each
+
+    def dense_slice(self, first: int, count: int, dtype: torch.dtype) -> Tensor:
+        """Decoded indices [first, first + count) of the first dimension."""
+        rows, cols, each = self._leading()
+        out: Tensor = _ops.dequantize_rows(
+            *self.arguments, self.fmt.spec, rows, cols, first * each, count * each, dtype
         )
-        return out
+        return out.reshape(count, *self.shape[1:])
+
+    def gather(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
+        """Decoded indices of the first dimension, [*indices.shape, …]; negative ones are errors."""
+        rows, cols, each = self._leading()
+        flat = indices.reshape(-1)
+        if each > 1:
+            within = torch.arange(each, device=flat.device)
+            flat = (flat.to(torch.int64)[:, None] * each + within).reshape(-1)
+        out: Tensor = _ops.embedding(flat, *self.arguments, self.fmt.spec, [rows, cols], dtype)
+        return out.reshape(*indices.shape, *self.shape[1:])
+
+    def matrix_at(self, index: int) -> StoredParts | None:
+        """One index of the first dimension of a 3-D weight, still stored; None where no view is."""
+        rows, cols = matrix_shape(self.shape, self.lead)
+        each = rows // self.shape[0]
+        if len(self.shape) != 3 or self.lead != 2 or self.fmt.nested or self.codes.dim() != 2:
+            return None
+        piece = slice(index * each, (index + 1) * each)
+        extra = None if self.extra is None else self.extra[piece]
+        return StoredParts(self.fmt, (each, cols), self.codes[piece], self.scales[piece], extra)
 
 
-def encode(weight: Tensor, fmt: StorageFormat) -> StoredParts:
-    """Encode a weight (float32, bfloat16 or float16; any shape) natively into `fmt`."""
+def matrix_shape(shape: Sequence[int], lead: int) -> tuple[int, int]:
+    """(rows, columns) of a weight whose first `lead` dimensions are rows; one row where 1-D."""
+    if len(shape) < 2:
+        return 1, math.prod(shape)
+    return math.prod(shape[:lead]), math.prod(shape[lead:])
+
+
+def encode(weight: Tensor, fmt: StorageFormat, lead: int = 1) -> StoredParts:
+    """Encode a weight (float32, bfloat16 or float16; any shape) natively into `fmt`.
+
+    Its first `lead` dimensions are rows, each with scales of its own.
+    """
     source = weight.detach()
     if source.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         if not source.dtype.is_floating_point:
             raise TypeError(f"cannot quantize a weight of dtype {source.dtype}")
         source = source.to(torch.float32)
+    if lead != 1:
+        source = source.reshape(matrix_shape(source.shape, lead))
     codes, scales, extra = _ops.quantize(source, fmt.table_on(source.device), fmt.spec)
-    return StoredParts(fmt, tuple(weight.shape), codes, scales, extra if extra.numel() else None)
+    found = extra if extra.numel() else None
+    return StoredParts(fmt, tuple(weight.shape), codes, scales, found, lead)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _core
-from ._operators import encode
+from .candidates import User
 from .convert import (
     Candidate,
     Precision,
@@ -28,6 +28,7 @@ from .convert import (
     candidates,
     check_weight,
     convert,
+    encode_candidate,
     formats_for,
     keep_ties,
     progress_bar,
@@ -36,7 +37,7 @@ from .convert import (
 from .errors import CheckpointError
 from .formats import StorageFormat, get_format, register_format
 from .layers import QuantizedLayer
-from .layers.base import PART_NAMES
+from .layers.base import PART_NAMES, part_name
 from .shards import INDEX, SAFETENSORS_NAMES, WEIGHTS, Checkpoint
 from .skeleton import MANIFEST, build_skeleton, match_names, set_tensor
 
@@ -125,16 +126,19 @@ def load(
             if id(value) in done:
                 continue
             done.add(id(value))
-            tensor = checkpoint.read(places[name])
-            size = tensor.nbytes
             if name in chosen:
                 candidate, fmt = chosen[name]
+                if name != candidate.source_names[0]:
+                    continue  # folded with the first
+                tensor, size = _read_weight(candidate, checkpoint, places)
                 check_weight(candidate.name, tensor, fmt)
-                parts = encode(tensor, fmt)
+                parts = encode_candidate(candidate, tensor, fmt)
                 del tensor
                 freed.count(size)
                 swap_candidate(candidate, parts)
             else:
+                tensor = checkpoint.read(places[name])
+                size = tensor.nbytes
                 set_tensor(model, name, tensor, getattr(value, "requires_grad", False))
             advance(size, name)
     keep_ties(model)
@@ -147,7 +151,7 @@ def _choose(
     precision: Precision | Mapping[str, Precision | None] | None,
     skip: Iterable[str],
 ) -> dict[str, tuple[Candidate, StorageFormat]]:
-    """(layer, format) by the name of its weight; tied layers under every name."""
+    """(layer, format) by the names of what its weight is made of; tied ones under every name."""
     if precision is None:
         return {}
     found, _ = candidates(model, skip)
@@ -155,9 +159,29 @@ def _choose(
         return {}
     chosen: dict[str, tuple[Candidate, StorageFormat]] = {}
     for candidate, fmt in formats_for(found, precision)[0]:
-        for name in (candidate.name, *(n for n, _ in candidate.tied)):
-            chosen[f"{name}.weight" if name else "weight"] = (candidate, fmt)
+        for name in (*candidate.source_names, *(user.full_name for user in candidate.users[1:])):
+            chosen[name] = (candidate, fmt)
     return chosen
+
+
+def _read_weight(
+    candidate: Candidate, checkpoint: Checkpoint, places: dict[str, str]
+) -> tuple[Tensor, int]:
+    """A candidate's plain weight, folded if need be, and how many bytes were read for it."""
+    if candidate.folding is None:
+        tensor = checkpoint.read(places[candidate.full_name])
+        return tensor, tensor.nbytes
+    size = 0
+    for name, (_, owner, leaf) in zip(
+        candidate.source_names, candidate.folding.sources, strict=True
+    ):
+        tensor = checkpoint.read(places[name])
+        size += tensor.nbytes
+        if leaf in owner._buffers:
+            owner._buffers[leaf] = tensor
+        else:
+            owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    return candidate.weight, size
 
 
 def plan_checkpoint(
@@ -177,9 +201,8 @@ def plan_checkpoint(
     freed = _FreedMemory()
 
     def read(candidate: Candidate) -> Tensor:
-        name = f"{candidate.name}.weight" if candidate.name else "weight"
         freed.count(freed.EVERY)  # the weight before this one, and its form in each format
-        return checkpoint.read(places[name])
+        return _read_weight(candidate, checkpoint, places)[0]
 
     return plan(model, vram_limit, read_weight=read, **options)
 
@@ -197,23 +220,25 @@ def _manifest(model: nn.Module) -> dict[str, Any]:
     for name, module in model.named_modules():
         if not isinstance(module, QuantizedLayer):
             continue
-        key = id(module._parameters["codes"])
-        if key in owners:
-            tied[name] = owners[key]
-            continue
-        owners[key] = name
-        fmt = module.storage_format
-        layers[name] = {
-            "format": fmt.name,
-            "shape": list(module.weight_shape),
-            "compute_dtype": str(module.compute_dtype).removeprefix("torch."),
-        }
-        if fmt.name not in builtin and not fmt.activations:
-            formats[fmt.name] = {
-                "table": list(fmt.native.table),
-                "block": fmt.block,
-                "nested": fmt.nested,
+        for leaf in module.stored_names:
+            key, user = id(module.stored_part(leaf, "codes")), User(name, leaf, module).layer_name
+            if key in owners:
+                tied[user] = owners[key]
+                continue
+            owners[key] = user
+            stored = module.stored_parameter(leaf)
+            fmt = stored.fmt
+            layers[user] = {
+                "format": fmt.name,
+                "shape": list(stored.shape),
+                "compute_dtype": str(stored.dtype).removeprefix("torch."),
             }
+            if fmt.name not in builtin and not fmt.activations:
+                formats[fmt.name] = {
+                    "table": list(fmt.native.table),
+                    "block": fmt.block,
+                    "nested": fmt.nested,
+                }
     return {"schema": SCHEMA, "layers": layers, "tied": tied, "formats": formats}
 
 
@@ -312,28 +337,7 @@ def _load_converted(
     checkpoint = Checkpoint(folder / WEIGHTS)
     model = build_skeleton(folder, factory)
     _retype(model, checkpoint, manifest)
-    try:
-        convert(model, {name: fmt for name, (fmt, _, _) in manifest["layers"].items()})
-    except ValueError as error:
-        raise CheckpointError(f"{folder} belongs to another model: {error}") from error
-    for name, (_, shape, dtype) in manifest["layers"].items():
-        layer = model.get_submodule(name)
-        assert isinstance(layer, QuantizedLayer)
-        if tuple(layer.weight_shape) != shape:
-            raise CheckpointError(
-                f"{folder}: {name!r} was saved with shape {shape}, the model has "
-                f"{tuple(layer.weight_shape)}"
-            )
-        layer.compute_dtype = dtype
-    modules = dict(model.named_modules())
-    for name, source_name in manifest["tied"].items():
-        other, source = modules.get(name), modules.get(source_name)
-        if not isinstance(other, QuantizedLayer) or not isinstance(source, QuantizedLayer):
-            raise CheckpointError(
-                f"{folder} belongs to another model: it ties {name!r} to {source_name!r}, "
-                "which are not both converted layers here"
-            )
-        other.compute_dtype = source.compute_dtype
+    _convert_as_saved(model, manifest, folder)
     places = match_names(model, checkpoint)
     with progress_bar(progress, checkpoint.nbytes, "load") as advance:
         done: set[int] = set()
@@ -351,6 +355,40 @@ def _load_converted(
     keep_ties(model)
     _check_complete(model, folder)
     return model
+
+
+def _convert_as_saved(model: nn.Module, manifest: dict[str, Any], folder: Path) -> None:
+    """Give a skeleton the converted layers that a manifest lists, with their compute dtypes."""
+    wanted = {name: fmt for name, (fmt, _, _) in manifest["layers"].items()}
+    # Parameters that only a caller's `parameters=` made storable, and none besides.
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    weights = {f"{name}.weight" if name else "weight" for name in wanted}
+    try:
+        convert(model, wanted, parameters=sorted(names & (weights | set(wanted))))
+    except ValueError as error:
+        raise CheckpointError(f"{folder} belongs to another model: {error}") from error
+    stored = {
+        User(name, leaf, module).layer_name: module.stored_parameter(leaf)
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedLayer)
+        for leaf in module.stored_names
+    }
+    for name, (_, shape, dtype) in manifest["layers"].items():
+        if name not in stored:
+            raise CheckpointError(f"{folder}: {name!r} was saved converted, and stays plain here")
+        if stored[name].shape != shape:
+            raise CheckpointError(
+                f"{folder}: {name!r} was saved with shape {shape}, the model has "
+                f"{stored[name].shape}"
+            )
+        stored[name].dtype = dtype
+    for name, source_name in manifest["tied"].items():
+        if name not in stored or source_name not in stored:
+            raise CheckpointError(
+                f"{folder} belongs to another model: it ties {name!r} to {source_name!r}, "
+                "which are not both converted layers here"
+            )
+        stored[name].dtype = stored[source_name].dtype
 
 
 def _retype(model: nn.Module, checkpoint: Checkpoint, manifest: dict[str, Any]) -> None:
@@ -400,7 +438,9 @@ def convert_checkpoint(
                 (output.name, checkpoint.info(places[output.name]).dtype, list(output.tensor.shape))
             )
         else:
-            parts = encode(output.tensor, output.fmt)  # on meta: shapes only
+            assert output.layer is not None
+            # On meta: shapes only.
+            parts = encode_candidate(output.layer, output.layer.weight, output.fmt)
             specs += [
                 (_part(output, leaf), "U8", list(getattr(parts, leaf).shape))
                 for leaf in PART_NAMES
@@ -411,8 +451,11 @@ def convert_checkpoint(
     with _core.SafetensorsWriter(folder / WEIGHTS, specs, {"format": "pt"}) as writer:
         with progress_bar(progress, checkpoint.nbytes, "convert") as advance:
             for output in outputs:
-                tensor = checkpoint.read(places[output.name])
-                size = tensor.nbytes
+                if output.layer is None:
+                    tensor = checkpoint.read(places[output.name])
+                    size = tensor.nbytes
+                else:
+                    tensor, size = _read_weight(output.layer, checkpoint, places)
                 written += _write_output(writer, output, tensor)
                 del tensor
                 freed.count(size)
@@ -433,12 +476,16 @@ def _outputs(
             continue
         seen.add(id(value))
         layer, fmt = chosen.get(name, (None, None))
+        if layer is not None and name != layer.source_names[0]:
+            continue  # folded with the first
         outputs.append(_Output(name, value.detach(), layer, fmt))
     return outputs
 
 
 def _part(output: _Output, leaf: str) -> str:
-    return output.name.removesuffix("weight") + leaf
+    assert output.layer is not None
+    user = output.layer.users[0]
+    return user.full_name.removesuffix(user.leaf) + part_name(user.leaf, leaf)
 
 
 def _write_output(writer: _core.SafetensorsWriter, output: _Output, tensor: Tensor) -> int:
@@ -446,7 +493,7 @@ def _write_output(writer: _core.SafetensorsWriter, output: _Output, tensor: Tens
         writer.write(output.name, tensor.data_ptr(), tensor.nbytes)
         return tensor.nbytes
     check_weight(output.layer.name, tensor, output.fmt)
-    parts = encode(tensor, output.fmt)
+    parts = encode_candidate(output.layer, tensor, output.fmt)
     for leaf in PART_NAMES:
         part = getattr(parts, leaf)
         if part is not None:

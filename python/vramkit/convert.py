@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,17 +14,18 @@ from torch import Tensor, nn
 
 from ._operators import StoredParts, encode
 from ._operators_int8 import LONGEST_ROW
+from .candidates import Candidate, Parameters, User, candidates, matches
 from .errors import NonFiniteWeightError
 from .formats import StorageFormat, get_format
-from .layers import QuantizedLayer, find_kind, swap, unswap
+from .layers import QuantizedLayer, find_kind, is_layer_weight, swap, unswap
+from .layers.base import PART_NAMES, part_name
 from .precision import PrecisionMode
 from .sizes import format_size
 
+__all__ = ["Candidate", "candidates", "convert", "matches", "restore", "set_weight"]
+
 Precision = str | PrecisionMode | StorageFormat
 Progress = Callable[[int, int, str], None]
-
-# Routers of mixtures of experts: a few bytes, and a rounded one sends tokens to other experts.
-SENSITIVE = (r"(^|\.)router(\.|$)", r"(^|\.)gate$", r"(^|\.)shared_expert_gate$")
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,14 @@ class LayerReport:
 class ConversionReport:
     """What a conversion did, in bytes.
 
-    `left_out` holds (name, reason, bytes) of every parameter that keeps its plain form.
+    `left_out` holds (name, reason, bytes) of every parameter that keeps its plain form; `folded`
+    holds (name, what) of every weight that was computed, by weight norm for example, and is plain
+    storage now.
     """
 
     layers: list[LayerReport] = field(default_factory=list)
     left_out: list[tuple[str, str, int]] = field(default_factory=list)
+    folded: list[tuple[str, str]] = field(default_factory=list)
 
     @property
     def original_bytes(self) -> int:
@@ -76,6 +79,7 @@ class ConversionReport:
                 {"name": name, "reason": reason, "left_out_bytes": n}
                 for name, reason, n in self.left_out
             ],
+            "folded": [{"name": name, "what": what} for name, what in self.folded],
         }
 
     def __str__(self) -> str:
@@ -83,6 +87,8 @@ class ConversionReport:
             f"{len(self.layers)} layers converted: {format_size(self.original_bytes)} -> "
             f"{format_size(self.bytes)}, coverage {self.coverage_bytes_fraction:.2%} of the bytes"
         ]
+        for what in dict.fromkeys(what for _, what in self.folded):
+            lines.append(f"  folded: {sum(w == what for _, w in self.folded)} by {what}")
         reasons: dict[str, tuple[int, int]] = {}
         for _, reason, n in self.left_out:
             count, size = reasons.get(reason, (0, 0))
@@ -108,99 +114,6 @@ class ConversionReport:
         )
 
 
-@dataclass
-class Candidate:
-    """A layer that can be converted, with every module that shares its weight."""
-
-    name: str
-    module: nn.Module
-    tied: list[tuple[str, nn.Module]]
-
-    @property
-    def weight(self) -> Tensor:
-        """The plain weight."""
-        weight = self.module._parameters["weight"]
-        assert weight is not None
-        return weight
-
-    @property
-    def kind(self) -> str:
-        """Name of the layer's class."""
-        return type(self.module).__name__
-
-    @property
-    def original_bytes(self) -> int:
-        """Bytes of the plain weight."""
-        return self.weight.numel() * self.weight.element_size()
-
-
-def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a layer's `name` is one of `patterns`: full name, parent, last part(s), or glob."""
-    for pattern in patterns:
-        if (
-            name == pattern
-            or name.startswith(pattern + ".")
-            or name.endswith("." + pattern)
-            or fnmatch.fnmatchcase(name, pattern)
-        ):
-            return True
-    return False
-
-
-def candidates(
-    model: nn.Module, skip: Iterable[str] = ()
-) -> tuple[list[Candidate], list[tuple[str, str, int]]]:
-    """The layers of `model` that can be converted, and (name, reason, bytes) of what cannot.
-
-    Modules that share a weight are one candidate. A weight that something else shares too (a layer
-    without a converted form, a raw parameter) is left out.
-    """
-    skip = list(skip)
-    owners: dict[int, list[tuple[str, str, nn.Module]]] = {}
-    for module_name, module in model.named_modules():
-        for leaf, parameter in module._parameters.items():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append((module_name, leaf, module))
-    found, left_out = [], []
-    for users in owners.values():
-        name, leaf, module = users[0]
-        parameter = module._parameters[leaf]
-        assert parameter is not None
-        reason = _reason_to_leave(users, skip)
-        if reason is None:
-            tied = [(n, m) for n, _, m in users[1:]]
-            found.append(Candidate(name, module, tied))
-        else:
-            full = f"{name}.{leaf}" if name else leaf
-            left_out.append((full, reason, parameter.numel() * parameter.element_size()))
-    return found, left_out
-
-
-def _reason_to_leave(users: list[tuple[str, str, nn.Module]], skip: list[str]) -> str | None:
-    for name, leaf, module in users:
-        if isinstance(module, QuantizedLayer) and leaf != "bias":
-            return "already converted"
-        if leaf == "bias":
-            return "biases stay plain"
-        if find_kind(module) is None:
-            return f"{type(module).__name__} stays plain"
-        if leaf != "weight":
-            return f"a parameter named {leaf!r} stays plain"
-        if getattr(module, "max_norm", None) is not None:
-            return "an embedding with max_norm changes its weight in use"
-        if matches(name, skip):
-            return "skipped on request"
-        if any(re.search(pattern, name) for pattern in SENSITIVE):
-            return "sensitive: routers stay plain"
-        parameter = module._parameters[leaf]
-        assert parameter is not None
-        if not parameter.is_floating_point():
-            return f"dtype {parameter.dtype} is no float"
-        if parameter.numel() == 0:
-            return "empty"
-    return None
-
-
 def check_weight(name: str, weight: Tensor, fmt: StorageFormat) -> None:
     """Raise NonFiniteWeightError, with the layer's name, for what `fmt` cannot hold."""
     if weight.device.type == "meta" or weight.numel() == 0:
@@ -220,12 +133,21 @@ def check_weight(name: str, weight: Tensor, fmt: StorageFormat) -> None:
 
 def check_names(precision: Mapping[str, Precision | None], found: list[Candidate]) -> None:
     """Raise ValueError for a name in `precision` that no layer has."""
-    unknown = set(precision) - {c.name for c in found}
+    known = {name for c in found for user in c.users for name in (user.layer_name, user.name)}
+    unknown = set(precision) - known
     if unknown:
         raise ValueError(
             f"no layer to convert is named {sorted(unknown)[0]!r} (of {len(unknown)} such names); "
-            "the names are those of the model's named_modules()"
+            "the names are those of the model's named_modules(), or of parameters other than weight"
         )
+
+
+def precision_of(
+    precision: Mapping[str, Precision | None], candidate: Candidate
+) -> Precision | None:
+    """What `precision` says of a candidate: by its names, else by its modules'."""
+    names = [user.layer_name for user in candidate.users] + [user.name for user in candidate.users]
+    return next((precision[name] for name in names if name in precision), None)
 
 
 def formats_for(
@@ -238,38 +160,42 @@ def formats_for(
         storage_format(precision)
     chosen, left = [], {}
     for candidate in found:
-        wanted = precision.get(candidate.name) if isinstance(precision, Mapping) else precision
+        wanted = precision_of(precision, candidate) if isinstance(precision, Mapping) else precision
         if wanted is None or wanted == PrecisionMode.FP32:
             left[candidate.name] = "no format chosen for it"
             continue
         fmt = storage_format(wanted)
-        reason = _reason_against(candidate, fmt)
+        reason = reason_against(candidate, fmt)
         if reason is None:
-            chosen.append((candidate, _format_in(candidate, fmt)))
+            chosen.append((candidate, format_in(candidate, fmt)))
         else:
             left[candidate.name] = reason
     return chosen, left
 
 
-def _multiplies(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear)
+def _multiplies(user: User, fmt: StorageFormat) -> bool:
+    """Whether this use of a weight is a product that can quantize its other side as `fmt` does."""
+    layer = is_layer_weight(user.module, user.leaf)
+    kind = find_kind(user.module) if layer else None
+    return fmt.activations in getattr(kind, "activation_modes", ("",))
 
 
-def _reason_against(candidate: Candidate, fmt: StorageFormat) -> str | None:
+def reason_against(candidate: Candidate, fmt: StorageFormat) -> str | None:
+    """Why a candidate cannot have a format that quantizes activations; None where it can."""
     if not fmt.activations:
         return None
-    for module in (candidate.module, *(m for _, m in candidate.tied)):
-        if not (_multiplies(module) or isinstance(module, nn.Embedding)):
-            return f"{type(module).__name__} has no product with {fmt.activations} activations"
-    if candidate.weight.shape[-1] > LONGEST_ROW:
+    for user in candidate.users:
+        gathers = isinstance(user.module, (nn.Embedding, nn.EmbeddingBag))
+        if not (gathers or _multiplies(user, fmt)):
+            return f"{fmt.name} quantizes activations, which {candidate.kind} has no kernel for"
+    if candidate.matrix_shape[1] > LONGEST_ROW:
         return f"int32 sums of more than {LONGEST_ROW} products could overflow"
     return None
 
 
-def _format_in(candidate: Candidate, fmt: StorageFormat) -> StorageFormat:
+def format_in(candidate: Candidate, fmt: StorageFormat) -> StorageFormat:
     """`fmt` itself, or its weight-only form where nothing multiplies the weight."""
-    modules = (candidate.module, *(m for _, m in candidate.tied))
-    return fmt if any(_multiplies(m) for m in modules) else fmt.weight_only
+    return fmt if any(_multiplies(user, fmt) for user in candidate.users) else fmt.weight_only
 
 
 def storage_format(precision: Precision) -> StorageFormat:
@@ -291,14 +217,24 @@ def convert(
     precision: Precision | Mapping[str, Precision | None],
     *,
     skip: Iterable[str] = (),
+    parameters: Parameters = True,
     progress: bool | Progress = False,
 ) -> ConversionReport:
     """Store the weights of `model`'s layers in another format, in place.
 
+    Converted are the weights of Linear, Bilinear, Embedding, EmbeddingBag, convolutions and
+    transposed ones of 1 to 3 dimensions, LSTM, GRU, RNN and their cells, the input projections of
+    MultiheadAttention, and raw parameters such as stacked experts (docs/layers.md). What is tied
+    stays tied. Weight norm, spectral norm and parametrizations are folded first.
+
     Args:
-        model: Any module. Linear and Embedding layers are converted; tied ones stay tied.
-        precision: One precision or format for all, or one by layer name (others stay plain).
-        skip: Layers to leave plain: full names, parents, last parts ("lm_head") or globs.
+        model: Any module.
+        precision: One precision or format for all, or one by name (others stay plain). A layer's
+            `weight` has the layer's name, any other parameter its own; the name of a module with
+            several stands for all of them.
+        skip: What to leave plain: full names, parents, last parts ("lm_head") or globs.
+        parameters: Raw parameters outside torch's own layers. True: those of two dimensions or
+            more and at least 16,384 elements; False: none; names or globs: those, of any size.
         progress: True for a progress bar, or a function of (bytes done, bytes in all, layer name).
 
     int8_dynamic and llm_int8 quantize the activations of Linear layers too; embeddings are int8
@@ -313,19 +249,20 @@ def convert(
     >>> vramkit.convert(model, "nf4").bytes
     2560
     """
-    found, left_out = candidates(model, skip)
+    found, left_out = candidates(model, skip, parameters)
     chosen, reasons = formats_for(found, precision)
     left_out += [
-        (f"{c.name}.weight", reasons[c.name], c.original_bytes) for c in found if c.name in reasons
+        (c.full_name, reasons[c.name], c.original_bytes) for c in found if c.name in reasons
     ]
     for candidate, fmt in chosen:
         check_weight(candidate.name, candidate.weight, fmt)
     report = ConversionReport(left_out=left_out)
+    report.folded = [(c.name, c.folding.kind) for c, _ in chosen if c.folding is not None]
     encoded: list[tuple[Candidate, StoredParts]] = []
     total = sum(c.original_bytes for c, _ in chosen)
     with progress_bar(progress, total, "convert") as advance:
         for candidate, fmt in chosen:
-            encoded.append((candidate, encode_weight(candidate.weight, fmt)))
+            encoded.append((candidate, encode_candidate(candidate, candidate.weight, fmt)))
             advance(candidate.original_bytes, candidate.name)
     for candidate, parts in encoded:
         report.layers.append(
@@ -346,17 +283,19 @@ def convert(
     return report
 
 
-def encode_weight(weight: Tensor, fmt: StorageFormat) -> StoredParts:
-    """Encode a weight; on the meta device, only the shapes."""
-    return encode(weight, fmt)
+def encode_candidate(candidate: Candidate, weight: Tensor, fmt: StorageFormat) -> StoredParts:
+    """Encode a candidate's weight; on the meta device, only the shapes."""
+    return encode(weight, fmt, candidate.lead)
 
 
 def swap_candidate(candidate: Candidate, parts: StoredParts) -> None:
-    """Swap a candidate's module, and those tied to it, onto `parts`."""
+    """Swap a candidate's module, and those tied to it, onto `parts`; fold it first if need be."""
     dtype = candidate.weight.dtype
-    first = swap(candidate.module, parts, dtype)
-    for _, module in candidate.tied:
-        swap(module, parts, dtype, share=first)
+    if candidate.folding is not None:
+        candidate.folding.apply()
+    first = swap(candidate.module, parts, dtype, name=candidate.leaf)
+    for user in candidate.users[1:]:
+        swap(user.module, parts, dtype, (first, candidate.leaf), user.leaf)
 
 
 def keep_ties(model: nn.Module) -> None:
@@ -373,18 +312,28 @@ def keep_ties(model: nn.Module) -> None:
 
 def _tied_pairs(module: nn.Module, keys: dict[str, str]) -> Iterator[tuple[str, str]]:
     for target, source in keys.items():
-        owner_name, _, leaf = target.rpartition(".")
-        try:
-            owner: nn.Module | None = module.get_submodule(owner_name)
-        except AttributeError:
-            owner = None
-        if leaf == "weight" and isinstance(owner, QuantizedLayer):
-            source_owner = source.rpartition(".")[0]
-            for part, value in owner._parameters.items():
-                if part != "bias" and value is not None:
-                    yield f"{owner_name}.{part}", f"{source_owner}.{part}"
-        else:
+        owner, leaf = _owner(module, target)
+        source_owner, source_leaf = _owner(module, source)
+        if owner is None or source_owner is None:
             yield target, source
+            continue
+        for part in PART_NAMES:
+            if owner._parameters.get(part_name(leaf, part)) is not None:
+                yield (
+                    target.removesuffix(leaf) + part_name(leaf, part),
+                    source.removesuffix(source_leaf) + part_name(source_leaf, part),
+                )
+
+
+def _owner(module: nn.Module, name: str) -> tuple[QuantizedLayer | None, str]:
+    """The layer that stores parameter `name`, and what it calls it; None where none does."""
+    owner_name, _, leaf = name.rpartition(".")
+    try:
+        owner = module.get_submodule(owner_name)
+    except AttributeError:
+        return None, leaf
+    stored = isinstance(owner, QuantizedLayer) and leaf in owner.stored_names
+    return (owner if stored else None), leaf  # type: ignore[return-value]
 
 
 class progress_bar:
@@ -428,11 +377,14 @@ def restore(model: nn.Module, dtype: str | PrecisionMode | torch.dtype | None = 
     made: dict[int, nn.Parameter] = {}
     for module in list(model.modules()):
         if isinstance(module, QuantizedLayer):
-            key = id(module._parameters["codes"])
-            if key not in made:
-                dense = module.dense_weight(target)
-                made[key] = nn.Parameter(dense, requires_grad=False)
-            unswap(module, made[key])
+            plain = {}
+            for name in module.stored_names:
+                key = id(module.stored_part(name, "codes"))
+                if key not in made:
+                    dense = module.dense_weight(target, name)
+                    made[key] = nn.Parameter(dense, requires_grad=False)
+                plain[name] = made[key]
+            unswap(module, plain)
     if target is not None:
         model.to(target)
     _plain_ties(model)
@@ -443,13 +395,18 @@ def _plain_ties(model: nn.Module) -> None:
     for module in model.modules():
         for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
             keys = getattr(module, attribute, None)
-            if isinstance(keys, dict) and any(k.endswith(".codes") for k in keys):
+            if isinstance(keys, dict) and any(k.endswith("codes") for k in keys):
                 plain = {
-                    re.sub(r"\.codes$", ".weight", k): re.sub(r"\.codes$", ".weight", v)
+                    _plain_name(k): _plain_name(v)
                     for k, v in keys.items()
-                    if not k.endswith((".scales", ".extra"))
+                    if not k.endswith(("scales", "extra"))
                 }
                 setattr(module, attribute, plain)
+
+
+def _plain_name(name: str) -> str:
+    """`head.codes` -> `head.weight`; `experts.down_proj_codes` -> `experts.down_proj`."""
+    return re.sub(r"(^|\.)codes$", r"\1weight", name).removesuffix("_codes")
 
 
 def _plain_dtype(dtype: str | PrecisionMode | torch.dtype) -> torch.dtype:
@@ -464,21 +421,23 @@ def _plain_dtype(dtype: str | PrecisionMode | torch.dtype) -> torch.dtype:
 
 
 @torch.no_grad()
-def set_weight(layer: nn.Module, tensor: Tensor) -> None:
-    """Give a layer a new weight of the same shape; a converted layer encodes it.
+def set_weight(layer: nn.Module, tensor: Tensor, name: str = "weight") -> None:
+    """Give a layer a new weight (or parameter `name`) of the same shape; a stored one is encoded.
 
     Raises ValueError for another shape, NonFiniteWeightError for what the format cannot hold.
     """
-    weight: Any = layer.weight
+    weight: Any = getattr(layer, name)
     shape = tuple(weight.shape)
     if tuple(tensor.shape) != shape:
         raise ValueError(f"expected a weight of shape {shape}, got {tuple(tensor.shape)}")
-    if isinstance(layer, QuantizedLayer):
-        check_weight(type(layer).__name__, tensor, layer.storage_format)
-        parts = encode(tensor.to(layer.codes.device), layer.storage_format)
-        for name in ("codes", "scales", "extra"):
-            part = getattr(parts, name)
-            if part is not None:
-                getattr(layer, name).copy_(part)
+    if isinstance(layer, QuantizedLayer) and name in layer.stored_names:
+        stored = layer.stored_parameter(name)
+        check_weight(type(layer).__name__, tensor, stored.fmt)
+        device = layer.stored_part(name, "codes").device
+        parts = encode(tensor.to(device), stored.fmt, stored.lead)
+        for part in PART_NAMES:
+            value = getattr(parts, part)
+            if value is not None:
+                layer.stored_part(name, part).copy_(value)
     else:
-        layer.weight.copy_(tensor)  # type: ignore[operator]
+        weight.copy_(tensor)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ._operators import workspace_bytes
 from .convert import Precision, convert, storage_format
 from .layers import QuantizedLayer
+from .layers.folding import foldings
 from .sizes import format_size
 
 # Integer inputs of language models, where only a shape is given.
@@ -151,6 +152,12 @@ def meta_copy(model: nn.Module) -> nn.Module:
         memo[id(parameter)] = nn.Parameter(shape, requires_grad=False)
     for buffer in model.buffers():
         memo[id(buffer)] = buffer
+    for module in model.modules():
+        for folding in foldings(module):
+            # What a hook computed last is no parameter, and part of a graph: it cannot be copied.
+            computed = module.__dict__.get(folding.leaf)
+            if isinstance(computed, Tensor):
+                memo[id(computed)] = torch.empty_like(computed, device="meta", requires_grad=False)
     return copy.deepcopy(model, memo)
 
 
@@ -170,7 +177,7 @@ def _layer_bytes(model: nn.Module) -> Iterable[tuple[str, str, int]]:
             continue
         seen.update(fresh)
         if isinstance(module, QuantizedLayer):
-            fmt = module.storage_format.name
+            fmt = module.format_names
         else:
             fmt = str(next(iter(fresh.values())).dtype).removeprefix("torch.")
         yield name, fmt, sum(p.numel() * p.element_size() for p in fresh.values())

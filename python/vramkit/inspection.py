@@ -73,7 +73,7 @@ def describe(model: nn.Module) -> ModelInfo:
         size = sum(p.numel() * p.element_size() for p in fresh)
         if isinstance(module, QuantizedLayer):
             kind = module._base.__name__
-            fmt, kernel = module.storage_format.name, _kernel(module)
+            fmt, kernel = module.format_names, _kernel(module)
             compute = _compute(module)
         else:
             kind, kernel = type(module).__name__, "torch"
@@ -83,7 +83,7 @@ def describe(model: nn.Module) -> ModelInfo:
 
 
 def _compute(layer: QuantizedLayer) -> str:
-    if isinstance(layer, nn.Embedding):
+    if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
         return str(layer.compute_dtype).removeprefix("torch.")
     if layer.storage_format.activations:
         return "int8; the input's outside"
@@ -92,11 +92,14 @@ def _compute(layer: QuantizedLayer) -> str:
 
 
 def _kernel(layer: QuantizedLayer) -> str:
-    if layer.codes.device.type != "cpu":
-        return f"none for {layer.codes.device.type}"
+    device = layer.parts.codes.device
+    if device.type != "cpu":
+        return f"none for {device.type}"
     isa = _core.active_isa()
-    if isinstance(layer, nn.Embedding):
+    if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
         return f"{isa} row gather"
+    if not isinstance(layer, (nn.Linear, nn.LSTMCell, nn.GRUCell, nn.RNNCell)):
+        return f"{isa} decode + torch"
     if layer.storage_format.activations == "int8_dynamic":
         return f"{isa} int8 rows x int8"
     if layer.storage_format.activations == "llm_int8":

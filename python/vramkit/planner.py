@@ -23,7 +23,9 @@ from .convert import (
     candidates,
     check_weight,
     convert,
+    format_in,
     progress_bar,
+    reason_against,
     storage_format,
 )
 from .errors import BudgetError, VramkitError
@@ -247,7 +249,7 @@ class Plan:
 
 def fingerprint(found: Sequence[Candidate]) -> str:
     """A short hash of the layers' names and shapes: a plan fits a model if these agree."""
-    text = json.dumps([[c.name, list(c.weight.shape)] for c in found])
+    text = json.dumps([[c.name, list(c.shape)] for c in found])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -370,15 +372,20 @@ def _choices(
     """(bytes, error) of leaving the layer as it is, and of every format that makes it smaller."""
     group: list[tuple[int, float]] = [(candidate.original_bytes, 0.0)]
     names: list[StorageFormat | None] = [None]
-    for fmt in formats:
-        size = fmt.bytes(weight.shape).total
+    matrix = weight.reshape(candidate.matrix_shape)
+    for asked in formats:
+        if reason_against(candidate, asked) is not None:
+            advance(candidate.original_bytes, candidate.name)
+            continue
+        fmt = format_in(candidate, asked)
+        size = fmt.bytes(matrix.shape).total
         if size < candidate.original_bytes:
             try:
                 check_weight(candidate.name, weight, fmt)
             except VramkitError:
                 advance(candidate.original_bytes, candidate.name)
                 continue  # this format cannot hold the weight; the others are still offered
-            group.append((size, weight_error(weight, fmt)))
+            group.append((size, weight_error(matrix, fmt)))
             names.append(fmt)
         advance(candidate.original_bytes, candidate.name)
     return group, names

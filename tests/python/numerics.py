@@ -70,3 +70,29 @@ FLOAT64_COSINE = 1e-12
 # differ by chance: a relative L2 error over 16 sentences of 384 numbers moved by up to 5 % between
 # such variants of one model.
 SAME_ROUNDINGS = 1.05
+
+
+def product_bound(
+    magnitude: torch.Tensor,
+    value: torch.Tensor,
+    length: int,
+    dtype: torch.dtype,
+    *,
+    exact_inputs: bool,
+) -> torch.Tensor:
+    """Largest error of sums of `length` products in `dtype`, elementwise.
+
+    `magnitude` is the same sum of absolute values, `value` the exact result, bias included. Where
+    the weight is rounded to `dtype` first (not `exact_inputs`), that is one unit of each product;
+    the result and its sum with the bias are rounded to `dtype`.
+    """
+    bound = accumulation_bound(length) * magnitude
+    if not exact_inputs:
+        bound = bound + UNIT[dtype] * magnitude
+    return bound * (1 + 2 * UNIT[dtype]) + UNIT[dtype] * (magnitude + value.abs()) + 2 * TINY[dtype]
+
+
+# A recurrence of T steps in float32, against the same in another order of operations: each step
+# adds a few roundings of values below one, and gates whose slope is at most 1/4 pass on less than
+# they get, so that errors stay at some tens of roundings.
+RECURRENCE = 64 * UNIT[torch.float32]

@@ -217,11 +217,13 @@ def test_weights_shared_with_something_plain_stay_plain() -> None:
             self.raw = self.layer.weight
 
     model = Odd()
-    found, left = candidates(model)
+    found, left = candidates(model, parameters=False)
     assert found == []
     assert left[0][2] == 64 * 64 * 4
-    vramkit.convert(model, "nf4")
+    vramkit.convert(model, "nf4", parameters=False)
     assert model.raw is model.layer.weight
+    vramkit.convert(model, "nf4")
+    assert model.raw_codes is model.layer.codes
 
 
 def test_a_module_used_in_two_places_is_converted_once() -> None:
@@ -267,11 +269,7 @@ def test_resizing_a_converted_models_vocabulary() -> None:
     model = transformers.BertModel(config).eval()
     vramkit.convert(model, "int8")
     kept = model.embeddings.word_embeddings.dense_weight()
-    with pytest.raises(vramkit.ReadOnlyWeightError):
-        model.resize_token_embeddings(110)  # it assigns weight.data
-    assert torch.equal(model.embeddings.word_embeddings.dense_weight(), kept)
-    with vramkit.writable():
-        model.resize_token_embeddings(110)
+    model.resize_token_embeddings(110)  # it assigns weight.data: a weight of another size
     words = model.get_input_embeddings()
     assert words.weight.shape == (110, 64)
     assert torch.allclose(words.weight[:100], kept, rtol=0, atol=float(kept.abs().max()) / 127)

@@ -533,7 +533,7 @@ class TestInsideTorchModules:
     def test_multihead_attention(self, batch_first: bool) -> None:
         attention = nn.MultiheadAttention(64, 4, batch_first=batch_first).eval()
         report = vramkit.convert(attention, "int8")
-        assert [r.name for r in report.layers] == ["out_proj"]
+        assert [r.name for r in report.layers] == ["in_proj_weight", "out_proj"]
         assert isinstance(attention.out_proj, QuantizedLinear)
         plain = copy.deepcopy(attention)
         vramkit.restore(plain, "fp32")
@@ -556,7 +556,7 @@ class TestInsideTorchModules:
                 nn.TransformerEncoderLayer(64, 4, 128, batch_first=True, norm_first=norm_first), 2
             ).eval()
         report = vramkit.convert(model, name)
-        assert len(report.layers) == 2 * 3
+        assert len(report.layers) == 2 * 4
         plain = copy.deepcopy(model)
         vramkit.restore(plain, "fp32")
         x = torch.randn(3, 7, 64)

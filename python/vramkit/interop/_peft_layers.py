@@ -38,7 +38,7 @@ class _Backup:
         parts = StoredParts(
             kept.fmt, kept.shape, kept.codes.to(device), kept.scales.to(device), extra
         )
-        layer._adopt(parts, self.compute_dtype)
+        layer._adopt("weight", parts, self.compute_dtype)
         if self.bias is not None:
             bias: Any = layer.bias
             bias.data.copy_(self.bias)
@@ -103,7 +103,7 @@ class _Converted:
             # Codes cannot hold such a weight, so this is an error without safe_merge too.
             raise ValueError(f"the adapters {names} are broken: the merged weight is not finite")
         parts = encode(dense, layer.storage_format)
-        layer._adopt(parts, before.compute_dtype)
+        layer._adopt("weight", parts, before.compute_dtype)
         if shift is not None and before.bias is not None:
             bias.data.copy_(before.bias.to(bias.device) + shift)
         me.merged_adapters.extend(names)

@@ -1,4 +1,4 @@
-"""What every converted layer shares: its parts, its lazy `.weight`, and the swap in place.
+"""What every converted layer shares: stored parameters, lazy access by name, the swap in place.
 
 A converted layer stays the object it was: its class becomes a subclass of its old one, so that
 references, hooks and isinstance checks hold. Codes, scales and extra are plain uint8 parameters
@@ -7,316 +7,284 @@ without gradient: whatever moves or shards parameters handles them, and no cast 
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .._operators import StoredParts, encode
-from ..errors import ReadOnlyWeightError
+from .._operators import StoredParts, encode, matrix_shape
 from ..formats import StorageFormat
+from .lazy import LazyWeight, is_writable, refuse, writable
+
+__all__ = ["LazyWeight", "QuantizedLayer", "writable"]
 
 PART_NAMES = ("codes", "scales", "extra")
-_writing = threading.local()
-_quantized_classes: dict[type, type] = {}
-_kinds: list[tuple[type[nn.Module], type]] = []
+_quantized_classes: dict[tuple[type, tuple[str, ...]], type] = {}
+_kinds: list[tuple[type[nn.Module], type, tuple[str, ...]]] = []
+# Columns that a row should have at least, so that its scale is a small part of it.
+_LEAST_COLUMNS = 64
 
 
-@contextmanager
-def writable() -> Iterator[None]:
-    """Within this block, writing to the `.weight` of a converted layer encodes the result again."""
-    before = getattr(_writing, "on", False)
-    _writing.on = True
-    try:
-        yield
-    finally:
-        _writing.on = before
+@dataclass
+class StoredParameter:
+    """What the parts of one parameter mean.
 
-
-def _refuse(what: str) -> ReadOnlyWeightError:
-    return ReadOnlyWeightError(
-        f"{what} would not change the stored weight of this converted layer. "
-        "Use vramkit.set_weight(layer, tensor), or vramkit.restore(model, dtype) for plain layers; "
-        "to merge LoRA adapters, vramkit.interop.peft.upgrade(model)"
-    )
-
-
-class LazyWeight(Tensor):
-    """The `.weight` of a converted layer: shape, dtype and device for free, values decoded on use.
-
-    It stands for the decoded weight wherever an operator reads it, and its views are views of a
-    decoded copy. A write raises `ReadOnlyWeightError`, because it would change a copy and be lost.
+    Attributes:
+        fmt: How it is stored.
+        shape: The shape of the decoded weight.
+        dtype: The compute dtype: what reading it by name gives.
+        lead: How many of its first dimensions are rows, with scales of their own.
     """
 
-    _owner: QuantizedLayer
-    _copy: Tensor | None  # of a view: the part of the decoded copy that it shows
-
-    @staticmethod
-    def __new__(cls, owner: QuantizedLayer, copy: Tensor | None = None) -> LazyWeight:
-        """`owner`'s weight in its compute dtype, on its device; with `copy`, a view of it."""
-        made: LazyWeight
-        if copy is not None:
-            made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-                cls,
-                copy.shape,
-                copy.stride(),
-                copy.storage_offset(),
-                dtype=copy.dtype,
-                device=copy.device,
-                requires_grad=False,
-            )
-        else:
-            made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-                cls,
-                owner.weight_shape,
-                dtype=owner.compute_dtype,
-                device=owner.codes.device,
-                requires_grad=False,
-            )
-            made._is_param = True  # isinstance(weight, nn.Parameter) holds
-            made._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers leaves it alone
-        made._owner, made._copy = owner, copy
-        return made
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"LazyWeight({tuple(self.shape)}, {self.dtype}, {self._owner.storage_format.name})"
-
-    def _decoded(self) -> Tensor:
-        return self._owner.dense_weight() if self._copy is None else self._copy
-
-    def tolist(self) -> Any:
-        """The decoded values as nested lists."""
-        return self._decoded().tolist()
-
-    def numpy(self, *, force: bool = False) -> Any:
-        """The decoded values as a numpy array."""
-        return self._decoded().numpy(force=force)
-
-    def __array__(self, dtype: Any = None) -> Any:
-        return self._decoded().__array__(dtype)
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        # torch would write to a view, which is one of a decoded copy.
-        if self._copy is not None or not getattr(_writing, "on", False):
-            raise _refuse("assigning to a part of the weight")
-        dense = self._owner.dense_weight()
-        dense[index] = value
-        self._owner._write(dense, "assigning to a part of the weight")
-
-    @property
-    def data(self) -> Tensor:  # type: ignore[override]
-        """Itself: there is no plain storage behind it."""
-        return self
-
-    @data.setter
-    def data(self, value: Tensor) -> None:
-        if self._copy is not None:
-            raise _refuse("assigning .data of a view")
-        if value is self:
-            return
-        if value.dim() == self.dim() and value.shape != self.shape:
-            # A weight of another size is a new one: resize_token_embeddings assigns it like that.
-            if self._owner._shares_parts:
-                raise ReadOnlyWeightError(
-                    "this weight is tied to another converted layer's, which would keep its size; "
-                    "use vramkit.interop.transformers.resize_token_embeddings(model, size)"
-                )
-            self._owner._assign(value)
-        else:
-            self._owner._write(value, "assigning .data")
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        return self._decoded().clone()
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self._decoded().__reduce_ex__(protocol)
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run `func` on the decoded weight, or refuse if it writes."""
-        kwargs = kwargs or {}
-        if func is torch.ops.aten.detach.default:
-            return args[0]
-        dense: dict[int, Tensor] = {}
-
-        def decode(value: Any) -> Any:
-            if not isinstance(value, cls) or value._copy is not None:
-                return value._copy if isinstance(value, cls) else value
-            owner = value._owner
-            if id(owner) not in dense:
-                dense[id(owner)] = owner.dense_weight()
-            return dense[id(owner)]
-
-        written = _written(cls, func, args, kwargs) if func._schema.is_mutable else []
-        if written and not (
-            getattr(_writing, "on", False) and all(weight._copy is None for weight in written)
-        ):
-            raise _refuse(f"{func}")
-        tree_map = torch.utils._pytree.tree_map
-        out = func(*tree_map(decode, args), **tree_map(decode, kwargs))
-        for weight in written:
-            weight._owner._write(dense[id(weight._owner)], str(func))
-        if written:
-            return written[0]
-        if func.is_view and isinstance(args[0], cls):
-            owner = args[0]._owner
-            return tree_map(lambda v: cls(owner, v) if isinstance(v, Tensor) else v, out)
-        return out
+    fmt: StorageFormat
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    lead: int = 1
 
 
-def _written(
-    cls: type[LazyWeight], func: Any, args: Any, kwargs: dict[str, Any]
-) -> list[LazyWeight]:
-    """The lazy weights that `func` writes to, by its schema."""
-    found: list[LazyWeight] = []
-    for position, argument in enumerate(func._schema.arguments):
-        value = args[position] if position < len(args) else kwargs.get(argument.name)
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            leaves: list[Any] = torch.utils._pytree.tree_leaves(value)
-            found += [v for v in leaves if isinstance(v, cls)]
-    return found
+def part_name(parameter: str, part: str) -> str:
+    """Under which name a layer keeps a part: `codes` of `weight`, else `<parameter>_codes`."""
+    return part if parameter == "weight" else f"{parameter}_{part}"
 
 
 class QuantizedLayer(nn.Module):
     """Mixin of every converted layer.
 
-    Attributes:
-        storage_format: How the weight is stored.
-        compute_dtype: The dtype that `.weight` reports and that `restore` gives by default.
-        weight_shape: The shape of the decoded weight.
-        codes, scales, extra: uint8 parameters without gradient; scales hold the bits of their type.
+    A layer with one weight has parts `codes`, `scales` and `extra`; a parameter of another name
+    has `<name>_codes`, `<name>_scales`, `<name>_extra`. All are uint8 parameters without gradient;
+    scales hold the bits of their type.
     """
 
-    storage_format: StorageFormat
-    compute_dtype: torch.dtype
-    weight_shape: tuple[int, ...]
     codes: Tensor
     scales: Tensor
     extra: Tensor | None
     _base: type[nn.Module]
+    _stored: dict[str, StoredParameter]
     _shares_parts = False
+    # What a format may do to this layer's activations; see StorageFormat.
+    activation_modes: tuple[str, ...] = ("",)
+
+    @property
+    def stored_names(self) -> tuple[str, ...]:
+        """Names of the parameters that are in a storage format."""
+        return tuple(self._stored)
+
+    def stored_parameter(self, name: str) -> StoredParameter:
+        """Format, shape and compute dtype of the stored parameter `name`."""
+        return self._stored[name]
+
+    def stored_part(self, name: str, part: str) -> Tensor:
+        """`codes`, `scales` or `extra` of the stored parameter `name`."""
+        found: Tensor = getattr(self, part_name(name, part))
+        return found
+
+    def _default(self) -> str:
+        return "weight" if "weight" in self._stored else next(iter(self._stored))
+
+    @property
+    def storage_format(self) -> StorageFormat:
+        """How the weight is stored (of several, the first one)."""
+        return self._stored[self._default()].fmt
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype that `.weight` reports and that `restore` gives by default."""
+        return self._stored[self._default()].dtype
+
+    @compute_dtype.setter
+    def compute_dtype(self, dtype: torch.dtype) -> None:
+        for stored in self._stored.values():
+            stored.dtype = dtype
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """The shape of the decoded weight (of several, of the first one)."""
+        return self._stored[self._default()].shape
+
+    @property
+    def format_names(self) -> str:
+        """Names of all formats in this layer, separated by commas."""
+        return ", ".join(dict.fromkeys(stored.fmt.name for stored in self._stored.values()))
+
+    def parts_of(self, name: str) -> StoredParts:
+        """The stored parameter `name` as operators take it."""
+        stored = self._stored[name]
+        codes, scales, extra = (getattr(self, part_name(name, part)) for part in PART_NAMES)
+        return StoredParts(stored.fmt, stored.shape, codes, scales, extra, stored.lead)
 
     @property
     def parts(self) -> StoredParts:
-        """The stored weight as operators take it."""
-        return StoredParts(
-            self.storage_format, self.weight_shape, self.codes, self.scales, self.extra
-        )
+        """The stored weight as operators take it (of several, the first one)."""
+        return self.parts_of(self._default())
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of codes, scales and extra."""
-        return self.parts.nbytes
+        """Bytes of codes, scales and extra of all stored parameters."""
+        return sum(self.parts_of(name).nbytes for name in self._stored)
 
-    def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The decoded weight, in `dtype` or the compute dtype."""
-        return self.parts.dense(dtype or self.compute_dtype)
+    def dense_weight(self, dtype: torch.dtype | None = None, name: str | None = None) -> Tensor:
+        """The decoded weight (or stored parameter `name`), in `dtype` or the compute dtype."""
+        name = name or self._default()
+        return self.parts_of(name).dense(dtype or self._stored[name].dtype)
 
-    @property
-    def weight(self) -> Tensor:
-        """The weight, decoded on use; see `LazyWeight`."""
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The parameter `name`, decoded on use (see `LazyWeight`); a plain one cast to `dtype`."""
+        if name not in self._stored:
+            plain: Tensor = getattr(self, name)
+            return plain if plain is None or dtype is None else plain.to(dtype)
         if torch.compiler.is_compiling():
-            return self.dense_weight()
-        return LazyWeight(self)
-
-    @weight.setter
-    def weight(self, value: Tensor) -> None:
-        self._assign(value)
+            return self.dense_weight(dtype, name)
+        return LazyWeight(self, name, dtype)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As nn.Module's; a parameter named `weight` is encoded (or, lazy, shared)."""
-        if name == "weight" and "codes" in self._parameters and param is not None:
-            self._assign(param)
+        """As nn.Module's; a stored parameter's new value is encoded (or, lazy, shared)."""
+        if param is not None and name in self.__dict__.get("_stored", ()):
+            self._assign(param, name)
         else:
             super().register_parameter(name, param)
 
-    def _assign(self, value: Tensor) -> None:
+    def _assign(self, value: Tensor, name: str) -> None:
         # What tie_weights and resize_token_embeddings do: a whole new weight, not a lost write.
-        if isinstance(value, LazyWeight):
-            owner = value._owner
-            if owner is not self:
-                self._adopt(owner.parts, owner.compute_dtype, share=owner)
+        stored = self._stored[name]
+        if isinstance(value, LazyWeight) and not value._steps:
+            owner, other = value._owner, value._name
+            if owner is not self or other != name:
+                self._adopt(name, owner.parts_of(other), owner._stored[other].dtype, (owner, other))
             return
-        parts = encode(value, self.storage_format)
-        self._adopt(parts, value.dtype if value.is_floating_point() else self.compute_dtype)
+        parts = encode(value, stored.fmt, stored.lead)
+        self._adopt(name, parts, value.dtype if value.is_floating_point() else stored.dtype)
 
-    def _write(self, value: Tensor, what: str) -> None:
-        if not getattr(_writing, "on", False):
-            raise _refuse(what)
-        self._adopt(encode(value, self.storage_format), self.compute_dtype)
+    def _write(self, value: Tensor, what: str, name: str = "weight") -> None:
+        if not is_writable():
+            raise refuse(what)
+        stored = self._stored[name]
+        self._adopt(name, encode(value, stored.fmt, stored.lead), stored.dtype)
 
     def _adopt(
-        self, parts: StoredParts, compute_dtype: torch.dtype, share: QuantizedLayer | None = None
+        self,
+        name: str,
+        parts: StoredParts,
+        compute_dtype: torch.dtype,
+        share: tuple[QuantizedLayer, str] | None = None,
     ) -> None:
-        self.storage_format, self.weight_shape = parts.fmt, tuple(parts.shape)
-        self.compute_dtype = compute_dtype
+        self._stored[name] = StoredParameter(
+            parts.fmt, tuple(parts.shape), compute_dtype, parts.lead
+        )
         if share is not None:
-            self._shares_parts = share._shares_parts = True
-        for name in PART_NAMES:
-            part = getattr(parts, name)
+            self._shares_parts = share[0]._shares_parts = True
+        for part in PART_NAMES:
+            value = getattr(parts, part)
             if share is not None:
-                self._parameters[name] = share._parameters.get(name)
+                other = share[0]._parameters.get(part_name(share[1], part))
             else:
-                frozen = None if part is None else nn.Parameter(part, requires_grad=False)
-                self._parameters[name] = frozen
+                other = None if value is None else nn.Parameter(value, requires_grad=False)
+            self._parameters[part_name(name, part)] = other
         self._resized()
 
     def _resized(self) -> None:
-        """Bring the layer's own size attributes in line with `weight_shape`."""
+        """Bring the layer's own size attributes in line with its weight's shape."""
+
+    def _swapped(self) -> None:
+        """Called when a parameter has been stored: let go of other references to the plain one."""
+
+    def _unswapped(self) -> None:
+        """Called on a plain layer again, by the mixin's function: make such references again."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
-        device = self.codes.device
-        probe = torch.empty(
-            0, dtype=self.compute_dtype, device="cpu" if device.type == "meta" else device
-        )
-        self.compute_dtype = fn(probe).dtype
+        for name, stored in self._stored.items():
+            device = self.stored_part(name, "codes").device
+            probe = torch.empty(
+                0, dtype=stored.dtype, device="cpu" if device.type == "meta" else device
+            )
+            stored.dtype = fn(probe).dtype
         return self
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (self._base,), self.__dict__
 
-    def extra_repr(self) -> str:
-        """The old layer's, with the format."""
-        return f"{super().extra_repr()}, format={self.storage_format.name}"
+def register_kind(base: type[nn.Module], mixin: type, names: Iterable[str] = ("weight",)) -> None:
+    """Make `mixin` the converted form of layers of class `base` and its subclasses.
+
+    `names` are the parameters that are stored; one that ends in `*` stands for all that begin so.
+    """
+    _kinds.append((base, mixin, tuple(names)))
 
 
-def register_kind(base: type[nn.Module], mixin: type) -> None:
-    """Make `mixin` the converted form of layers of class `base` and its subclasses."""
-    _kinds.append((base, mixin))
+def _kind_of(base: type) -> tuple[type, type, tuple[str, ...]] | None:
+    return next((kind for kind in _kinds if issubclass(base, kind[0])), None)
 
 
 def find_kind(module: nn.Module) -> type | None:
-    """The mixin for `module`, or None where its class has no converted form."""
-    for base, mixin in _kinds:
-        if isinstance(module, base):
-            return mixin
-    return None
+    """The mixin for `module`, or None where its class has no converted form of its own."""
+    kind = _kind_of(type(module))
+    return None if kind is None else kind[1]
 
 
-def quantized_class(base: type[nn.Module]) -> type:
-    """The converted subclass of `base`; one for each class."""
-    made = _quantized_classes.get(base)
+def is_layer_weight(module: nn.Module, name: str) -> bool:
+    """Whether parameter `name` is a weight that `module`'s converted form knows."""
+    kind = _kind_of(type(module))
+    return kind is not None and any(
+        name == known or (known.endswith("*") and name.startswith(known[:-1])) for known in kind[2]
+    )
+
+
+def row_dimensions(module: nn.Module, name: str, shape: tuple[int, ...]) -> int:
+    """How many leading dimensions of a weight are rows with scales of their own.
+
+    Of a layer that torch knows, the first: its (output) channels. Of other parameters as many as
+    leave a row of at least 64 elements: a stack of matrices has its matrices' rows.
+    """
+    if len(shape) < 3 or is_layer_weight(module, name):
+        return 1
+    for lead in range(len(shape) - 1, 1, -1):
+        if matrix_shape(shape, lead)[1] >= _LEAST_COLUMNS:
+            return lead
+    return 1
+
+
+def _reader(name: str) -> property:
+    def get(self: QuantizedLayer) -> Tensor:
+        return self.read(name)
+
+    def put(self: QuantizedLayer, value: Tensor) -> None:
+        self._assign(value, name)
+
+    return property(get, put, doc=f"The parameter {name!r}, decoded on use; see `LazyWeight`.")
+
+
+def quantized_class(base: type[nn.Module], names: tuple[str, ...] = ("weight",)) -> type:
+    """The subclass of `base` in which the parameters `names` are stored; one for each choice."""
+    key = (base, tuple(sorted(names)))
+    made = _quantized_classes.get(key)
     if made is None:
-        kind, mixin = next((kind, mixin) for kind, mixin in _kinds if issubclass(base, kind))
-        body = {"_base": base, "__module__": base.__module__, "__qualname__": base.__qualname__}
+        kind, mixin, _ = _kind_of(base) or (None, QuantizedLayer, ())
+
+        def extra_repr(self: Any) -> str:
+            text = base.extra_repr(self)
+            return f"{text}{', ' if text else ''}format={self.format_names}"
+
+        def reduce(self: Any, protocol: Any) -> Any:
+            return _rebuild, key, self.__dict__
+
+        body: dict[str, Any] = {
+            "_base": base,
+            "__module__": base.__module__,
+            "__qualname__": base.__qualname__,
+            "__reduce_ex__": reduce,
+            "extra_repr": extra_repr,
+            **{name: _reader(name) for name in names},
+        }
         # A subclass with a forward of its own keeps it: its super().forward() reaches ours, and
         # its self.weight decodes.
         bases = (mixin,) if base is kind else (base, mixin)
         made = type(f"Quantized{base.__name__}", bases, body)
-        _quantized_classes[base] = made
+        _quantized_classes[key] = made
     return made
 
 
-def _rebuild(base: type[nn.Module]) -> nn.Module:
-    made: Any = quantized_class(base)
+def _rebuild(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    made: Any = quantized_class(base, names)
     empty: nn.Module = made.__new__(made)
     return empty
 
@@ -325,28 +293,46 @@ def swap(
     module: nn.Module,
     parts: StoredParts,
     compute_dtype: torch.dtype,
-    share: QuantizedLayer | None = None,
+    share: QuantizedLayer | tuple[QuantizedLayer, str] | None = None,
+    name: str = "weight",
 ) -> QuantizedLayer:
-    """Turn `module` into its converted form, in place; with `share`, on that layer's parts."""
-    module._parameters.pop("weight")
-    module.__class__ = quantized_class(type(module))
+    """Store parameter `name` of `module` as `parts`, in place.
+
+    The module's class becomes its converted form. With `share`, a layer (and which of its
+    parameters), the parts are that layer's own.
+    """
+    if isinstance(module, QuantizedLayer):
+        base, stored = module._base, module._stored
+    else:
+        base, stored = type(module), {}
+        module.__dict__["_plain_order"] = tuple(module._parameters)
+        module.__dict__["_stored"] = stored
+    module._parameters.pop(name)
+    module.__class__ = quantized_class(base, (*stored, name))
     assert isinstance(module, QuantizedLayer)
     module._is_hf_initialized = True  # type: ignore[assignment]
-    module._adopt(parts, compute_dtype, share=share)
+    owner = (share, "weight") if isinstance(share, QuantizedLayer) else share
+    module._adopt(name, parts, compute_dtype, owner)
+    module._swapped()
     return module
 
 
-def unswap(layer: QuantizedLayer, weight: nn.Parameter) -> nn.Module:
-    """Turn a converted layer back into the plain one it was, with `weight`, in place."""
-    for name in PART_NAMES:
-        layer._parameters.pop(name)
-    for name in ("storage_format", "compute_dtype", "weight_shape", "_shares_parts"):
-        layer.__dict__.pop(name, None)
+def unswap(layer: QuantizedLayer, weights: nn.Parameter | dict[str, nn.Parameter]) -> nn.Module:
+    """Turn a converted layer back into the plain one it was, with `weights` by name, in place."""
+    plain = weights if isinstance(weights, dict) else {"weight": weights}
+    finish = type(layer)._unswapped
+    for name in layer.stored_names:
+        for part in PART_NAMES:
+            layer._parameters.pop(part_name(name, part))
+    order = layer.__dict__.pop("_plain_order")
+    layer.__dict__.pop("_stored")
+    layer.__dict__.pop("_shares_parts", None)
     layer.__class__ = layer._base  # type: ignore[assignment]
-    # First again, where state dicts of plain layers have it.
-    others = dict(layer._parameters)
+    # In the order that state dicts of plain layers have.
+    found = {**plain, **layer._parameters}
     layer._parameters.clear()
-    layer._parameters.update({"weight": weight, **others})
+    layer._parameters.update({name: found.pop(name) for name in order if name in found} | found)
+    finish(layer)
     return layer
 
 

@@ -18,6 +18,7 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
     activations (int8_dynamic, llm_int8) the rows of x are quantized and products are exact int32.
     """
 
+    activation_modes = ("", "int8_dynamic", "llm_int8")
     in_features: int
     out_features: int
     bias: nn.Parameter | None  # type: ignore[assignment]

@@ -1,0 +1,251 @@
+"""The operator `vramkit::conv`: torch's convolutions on a stored weight.
+
+The weight is decoded to the type of the product and given to torch's own convolution: whole where
+it is small, else by slices of its first dimension, so that the workspace stays bounded. Gradients
+to the input are the transposed convolution with the same stored weight, decoded again.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._operators import _library, _ops, _product_dtype, _separable, matrix_shape
+
+# Bytes of a decoded slice. Several times the shared cache, because torch reorders a weight in each
+# call: larger slices mean fewer of those, and all layers of most models are one slice.
+SLICE_BYTES = 16 << 20
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    """The memory format of the result: x's."""
+    kinds = {4: torch.channels_last, 5: torch.channels_last_3d}
+    kind = kinds.get(x.dim())
+    if kind is not None and x.is_contiguous(memory_format=kind) and not x.is_contiguous():
+        return kind
+    return torch.contiguous_format
+
+
+def _output_size(
+    x: Tensor,
+    shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
+) -> list[int]:
+    sizes = [x.shape[0], shape[1] * groups if transposed else shape[0]]
+    for k in range(len(stride)):
+        reach = dilation[k] * (shape[2 + k] - 1)
+        size = x.shape[2 + k]
+        if transposed:
+            sizes.append((size - 1) * stride[k] - 2 * padding[k] + reach + output_padding[k] + 1)
+        else:
+            sizes.append((size + 2 * padding[k] - reach - 1) // stride[k] + 1)
+    return sizes
+
+
+def _pieces(shape: list[int], groups: int, itemsize: int) -> list[tuple[int, int, int]]:
+    """(first row, rows, groups) of every slice: several whole groups, or a part of one."""
+    rows, cols = matrix_shape(shape, 1)
+    each = rows // groups
+    fitting = max(1, SLICE_BYTES // max(1, cols * itemsize))
+    if fitting >= each:
+        step = fitting // each
+        return [
+            (g * each, min(step, groups - g) * each, min(step, groups - g))
+            for g in range(0, groups, step)
+        ]
+    return [
+        (g * each + first, min(fitting, each - first), 1)
+        for g in range(groups)
+        for first in range(0, each, fitting)
+    ]
+
+
+def _conv(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    extra: Tensor | None,
+    table: Tensor | None,
+    bias: Tensor | None,
+    spec: list[int],
+    shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
+) -> Tensor:
+    sizes = _output_size(x, shape, stride, padding, dilation, transposed, output_padding, groups)
+    layout = _layout(x)
+    if not all(size > 0 for size in sizes[1:]):
+        raise RuntimeError(
+            f"a convolution of input {list(x.shape)} with a weight {shape} has output {sizes}"
+        )
+    if not x.numel():
+        out = torch.zeros(sizes, dtype=x.dtype, device=x.device)
+        if bias is not None:
+            out += bias.to(x.dtype).reshape(-1, *[1] * len(stride))
+        return out.contiguous(memory_format=layout)
+    dtype = _product_dtype(x)
+    rows, cols = matrix_shape(shape, 1)
+    pieces = [(0, rows, groups)]
+    if _separable(spec, cols):
+        pieces = _pieces(shape, groups, dtype.itemsize)
+    wide = x.to(dtype)
+
+    def product(part: Tensor, first: int, count: int, n: int, add: Tensor | None) -> Tensor:
+        weight = _ops.dequantize_rows(
+            codes, scales, extra, table, spec, rows, cols, first, count, dtype
+        )
+        return torch.convolution(
+            part,
+            weight.view(count, *shape[1:]),
+            None if add is None else add.to(dtype),
+            stride,
+            padding,
+            dilation,
+            transposed,
+            output_padding,
+            n,
+        )
+
+    if len(pieces) == 1:
+        out = product(wide, 0, rows, groups, bias)
+    elif transposed:
+        out = _transposed_slices(wide, product, pieces, sizes, shape, groups, bias, layout)
+    else:
+        out = torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=layout)
+        each, channels = rows // groups, shape[1]
+        for first, count, n in pieces:
+            group = first // each
+            part = wide[:, group * channels : (group + n) * channels]
+            add = None if bias is None else bias[first : first + count]
+            out[:, first : first + count] = product(part, first, count, n, add)
+    return out.to(x.dtype).contiguous(memory_format=layout)
+
+
+def _transposed_slices(
+    x: Tensor,
+    product: Any,
+    pieces: list[tuple[int, int, int]],
+    sizes: list[int],
+    shape: list[int],
+    groups: int,
+    bias: Tensor | None,
+    layout: torch.memory_format,
+) -> Tensor:
+    """Rows are input channels here: the slices of one group add up, in float32."""
+    each, channels = shape[0] // groups, shape[1]
+    out = torch.empty(sizes, dtype=torch.float32, device=x.device, memory_format=layout).zero_()
+    for first, count, n in pieces:
+        group = first // each
+        made = product(x[:, first : first + count], first, count, n, None)
+        out[:, group * channels : (group + n) * channels] += made
+    if bias is not None:
+        out += bias.to(torch.float32).reshape(-1, *[1] * (len(sizes) - 2))
+    return out
+
+
+def _torch_copies(
+    x: Tensor, shape: list[int], outputs: list[int], transposed: bool, groups: int, weight: int
+) -> int:
+    """Elements that torch's convolution holds on a CPU, by the library that it chooses.
+
+    oneDNN copies input and weight into orders of its own; small inputs are unfolded instead
+    (`use_mkldnn` in ATen's Convolution.cpp).
+    """
+    kernel = shape[2:]
+    wide = len(kernel) > 1 and min(kernel[-2:]) > 3
+    if groups > 1 or wide or x.shape[0] > 1 or x.numel() > 20480 or x.dtype != torch.float32:
+        return x.numel() + weight
+    places = math.prod(x.shape[2:]) if transposed else math.prod(outputs[2:])
+    return shape[1] * math.prod(kernel) * places
+
+
+def conv_workspace(args: tuple[Any, ...]) -> int:
+    """Bytes that `conv` holds besides inputs and output, as the code above goes."""
+    x, spec, shape = args[0], args[6], args[7]
+    transposed, groups = args[11], args[13]
+    dtype = _product_dtype(x)
+    rows, cols = matrix_shape(shape, 1)
+    pieces = [(0, rows, groups)]
+    if _separable(spec, cols):
+        pieces = _pieces(shape, groups, dtype.itemsize)
+    largest = max(count for _, count, _ in pieces)
+    stride, padding, dilation = args[8:11]
+    outputs = _output_size(x, shape, stride, padding, dilation, transposed, args[12], groups)
+    count = math.prod(outputs)
+    held = largest * cols * dtype.itemsize
+    if x.device.type == "cpu":
+        copies = _torch_copies(x, shape, outputs, transposed, groups, largest * cols)
+        held += copies * dtype.itemsize
+    if dtype != x.dtype:
+        held += x.numel() * dtype.itemsize
+    if len(pieces) == 1:
+        return held + (0 if dtype == x.dtype else count * dtype.itemsize)
+    if transposed:
+        share = max(n for _, _, n in pieces) / groups
+        return held + 4 * count + int(share * count * dtype.itemsize)
+    return held + count * dtype.itemsize * largest // rows
+
+
+for _key in ("CPU",):
+    _library.impl("conv", _conv, _key)
+
+
+@torch.library.register_fake("vramkit::conv")
+def _(x: Tensor, codes: Tensor, scales: Tensor, extra: Tensor | None, table: Tensor | None,
+      bias: Tensor | None, spec: list[int], shape: list[int], stride: list[int],
+      padding: list[int], dilation: list[int], transposed: bool, output_padding: list[int],
+      groups: int) -> Tensor:  # fmt: skip
+    sizes = _output_size(x, shape, stride, padding, dilation, transposed, output_padding, groups)
+    return torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=_layout(x))
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, codes, scales, extra, table, bias, *rest = inputs
+    ctx.save_for_backward(codes, scales, extra, table)
+    ctx.rest, ctx.sizes, ctx.has_bias = rest, list(x.shape), bias is not None
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of x and bias: the convolution the other way round, on the stored weight."""
+    codes, scales, extra, table = ctx.saved_tensors
+    spec, shape, stride, padding, dilation, transposed, _, groups = ctx.rest
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        rest = [0] * len(stride)
+        if not transposed:  # what the division by the stride dropped
+            rest = [
+                ctx.sizes[2 + k]
+                - (grad.shape[2 + k] - 1) * stride[k]
+                + 2 * padding[k]
+                - dilation[k] * (shape[2 + k] - 1)
+                - 1
+                for k in range(len(stride))
+            ]
+        grad_x = _ops.conv(
+            grad, codes, scales, extra, table, None, spec, shape, stride, padding, dilation,
+            not transposed, rest, groups,
+        )  # fmt: skip
+        if transposed and list(grad_x.shape[2:]) != ctx.sizes[2:]:
+            # An output padding of a stride or more (allowed below a dilation) was zeros.
+            for k in range(len(stride)):
+                grad_x = grad_x.narrow(2 + k, 0, ctx.sizes[2 + k])
+    if ctx.has_bias and ctx.needs_input_grad[5]:
+        grad_bias = grad.sum([0, *range(2, grad.dim())])
+    return grad_x, None, None, None, None, grad_bias, *[None] * 8
+
+
+torch.library.register_autograd(
+    "vramkit::conv", _backward, setup_context=_save_for_backward, lib=_library
+)
