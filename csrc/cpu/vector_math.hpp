@@ -1,4 +1,4 @@
-// exp, sigmoid, tanh and the error function's complement on vectors, and the activations made of
+// exp, sigmoid and the error function's complement on vectors, and the activations made of
 // them. Polynomials are minimax fits; errors (against float64) are what the tests allow.
 #pragma once
 #include "cpu/vector_common.hpp"
@@ -33,19 +33,6 @@ inline F two_to(I n) { return (F)((n + 127) << 23); }
 [[maybe_unused]] inline F sigmoid(F x) {
   const F one = Simd::set1(1.0f);
   return one / (one + exp(-x));
-}
-
-// Within 2 ulp: an odd polynomial near 0, where 1 - 2 / (exp(2x) + 1) would cancel.
-[[maybe_unused]] inline F tanh(F x) {
-  const I sign = (I)x & static_cast<std::int32_t>(0x80000000u);
-  const F a = (F)((I)x & 0x7fffffff);
-  const F one = Simd::set1(1.0f), two = Simd::set1(2.0f);
-  const F far = one - two / (exp(a + a) + one);
-  constexpr float c[] = {-0.005717037f, 0.020650579f, -0.053743495f, 0.133314912f, -0.333332839f};
-  const F u = a * a;
-  const F near = Simd::fma(a * u, horner(u, c), a);
-  const F y = a < 0.625f ? near : far;
-  return (F)((I)y | sign);
 }
 
 // x Phi(x) with Phi(x) = erfc(-x / sqrt 2) / 2: no cancellation for negative x. erfc(z) is
