@@ -20,6 +20,12 @@ namespace {
   return factor > FLT_MAX ? FLT_MAX : factor;
 }
 
+// What divides by a stored scale; a scale of (nearly) zero has codes of zero or of the largest
+// value.
+[[maybe_unused]] inline float inverse_scale(float scale) {
+  return 1.0f / (scale < FLT_MIN ? FLT_MIN : scale);
+}
+
 // Nearest integer, ties to even, for |x| < 2^22: adding 1.5 * 2^23 leaves no fraction bits. Unlike
 // nearbyint, compilers vectorize it without giving up strict arithmetic.
 [[maybe_unused]] inline float round_even(float x) { return (x + 12582912.0f) - 12582912.0f; }

@@ -6,6 +6,7 @@
 // that nothing is read past the row.
 #pragma once
 #include "cpu/vector_common.hpp"
+#include "cpu/vector_feedback.hpp"
 #include "cpu/vector_quantize.hpp"
 
 namespace vramkit::cpu {
@@ -294,7 +295,7 @@ void linear(const Weight& weight, const void* x, DType type, std::int64_t count,
   });
 }
 
-constexpr Kernels vector_kernels{Simd::name, quantize, dequantize, linear};
+constexpr Kernels vector_kernels{Simd::name, quantize, dequantize, linear, feedback};
 
 }  // namespace
 }  // namespace vramkit::cpu
