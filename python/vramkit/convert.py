@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from .formats import StorageFormat, get_format
 from .layers import QuantizedLayer, find_kind, swap, unswap
 from .precision import PrecisionMode
 from .sizes import format_size
+
+if TYPE_CHECKING:
+    from .calibration import Calibration
 
 Precision = str | PrecisionMode | StorageFormat
 Progress = Callable[[int, int, str], None]
@@ -41,11 +44,13 @@ class LayerReport:
 class ConversionReport:
     """What a conversion did, in bytes.
 
-    `left_out` holds (name, reason, bytes) of every parameter that keeps its plain form.
+    `left_out` holds (name, reason, bytes) of every parameter that keeps its plain form, and
+    `uncalibrated`, where calibration data was given, (name, reason) of layers rounded without it.
     """
 
     layers: list[LayerReport] = field(default_factory=list)
     left_out: list[tuple[str, str, int]] = field(default_factory=list)
+    uncalibrated: list[tuple[str, str]] = field(default_factory=list)
 
     @property
     def original_bytes(self) -> int:
@@ -73,6 +78,9 @@ class ConversionReport:
             "left_out": [
                 {"name": name, "reason": reason, "left_out_bytes": n}
                 for name, reason, n in self.left_out
+            ],
+            "uncalibrated": [
+                {"name": name, "reason": reason} for name, reason in self.uncalibrated
             ],
         }
 
@@ -267,6 +275,8 @@ def convert(
     precision: Precision | Mapping[str, Precision | None],
     *,
     skip: Iterable[str] = (),
+    calibration: Calibration | Iterable[Any] | None = None,
+    calibration_memory: str | float = "1 GiB",
     progress: bool | Progress = False,
 ) -> ConversionReport:
     """Store the weights of `model`'s layers in another format, in place.
@@ -275,6 +285,12 @@ def convert(
         model: Any module. Linear and Embedding layers are converted; tied ones stay tied.
         precision: One precision or format for all, or one by layer name (others stay plain).
         skip: Layers to leave plain: full names, parents, last parts ("lm_head") or globs.
+        calibration: Batches like those of later use (Tensors, tuples or dicts), or a `Calibration`
+            collected on this model: codes are then chosen for the least error of the layers'
+            outputs on such inputs (docs/calibration.md). Layers that no batch reaches are rounded
+            to nearest, with a warning and in the report.
+        calibration_memory: What the collected data may take (GiB, or a string with its unit); the
+            batches are run once for each group of layers that fits it.
         progress: True for a progress bar, or a function of (bytes done, bytes in all, layer name).
 
     Every weight is encoded before the first layer changes: after an error or an interrupt the model
@@ -299,6 +315,17 @@ def convert(
     encoded: list[tuple[Candidate, StoredParts]] = []
     total = sum(c.original_bytes for c, _ in chosen)
     with progress_bar(progress, total, "convert") as advance:
+        if calibration is not None:
+            from .calibration import encode_calibrated
+
+            encoded, report.uncalibrated = encode_calibrated(
+                model,
+                chosen,
+                calibration,
+                memory=calibration_memory,
+                done=lambda candidate: advance(candidate.original_bytes, candidate.name),
+            )
+            chosen = []
         for candidate, fmt in chosen:
             encoded.append((candidate, encode_weight(candidate.weight, fmt)))
             advance(candidate.original_bytes, candidate.name)
@@ -361,13 +388,20 @@ def _tied_pairs(module: nn.Module, keys: dict[str, str]) -> Iterator[tuple[str, 
 class progress_bar:
     """A context that gives `advance(bytes, layer name)`: a bar, a caller's function, or nothing."""
 
-    def __init__(self, progress: bool | Progress, total: int, label: str) -> None:
+    def __init__(self, progress: bool | Progress, total: int, label: str, unit: str = "B") -> None:
         self.total, self.done, self.bar = total, 0, None
         self.callback = progress if callable(progress) else None
         if progress is True:
             from tqdm.auto import tqdm
 
-            self.bar = tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc=label)
+            in_bytes = unit == "B"
+            self.bar = tqdm(
+                total=total or None,
+                unit=unit,
+                unit_scale=in_bytes,
+                unit_divisor=1024 if in_bytes else 1000,
+                desc=label,
+            )
 
     def advance(self, n: int, name: str) -> None:
         """Count `n` more bytes."""
