@@ -20,10 +20,9 @@ namespace {
   return factor > FLT_MAX ? FLT_MAX : factor;
 }
 
-// What divides by a stored scale; a scale of (nearly) zero has codes of zero or of the largest
-// value.
+// What divides by a stored scale. Where that is (nearly) zero all codes mean zero: take zero's.
 [[maybe_unused]] inline float inverse_scale(float scale) {
-  return 1.0f / (scale < FLT_MIN ? FLT_MIN : scale);
+  return scale < FLT_MIN ? 0.0f : 1.0f / scale;
 }
 
 // Nearest integer, ties to even, for |x| < 2^22: adding 1.5 * 2^23 leaves no fraction bits. Unlike
