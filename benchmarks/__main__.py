@@ -1,4 +1,4 @@
-"""The one runner: `python -m benchmarks quality|frontier|imports|cpu [--json PATH]`."""
+"""The one runner: `python -m benchmarks quality|calibration|frontier|imports|cpu [--json PATH]`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from .runner import environment, write_json
 
 SUITES = {
     "quality": "error on real weights by format and by budget, against the peers",
+    "calibration": "4 and 8 bit on real models, plain and calibrated, against HQQ and others",
     "frontier": "bytes against quality on real weights, and the picture of it",
     "imports": "time of `import vramkit` after `import torch`",
     "cpu": "one Linear on the CPU, by format and rows, against the peers and the limit",

@@ -130,7 +130,8 @@ struct Simd {
 
 namespace vramkit::cpu {
 namespace {
-constexpr Kernels kernels{Simd::name, quantize, dequantize_avx512, linear_avx512, int8_kernels};
+constexpr Kernels kernels{Simd::name,    quantize,     dequantize_avx512,
+                          linear_avx512, int8_kernels, feedback};
 }  // namespace
 const Kernels* avx512_kernels() { return &kernels; }
 }  // namespace vramkit::cpu

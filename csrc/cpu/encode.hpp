@@ -20,6 +20,11 @@ namespace {
   return factor > FLT_MAX ? FLT_MAX : factor;
 }
 
+// What divides by a stored scale. Where that is (nearly) zero all codes mean zero: take zero's.
+[[maybe_unused]] inline float inverse_scale(float scale) {
+  return scale < FLT_MIN ? 0.0f : 1.0f / scale;
+}
+
 // Nearest integer, ties to even, for |x| < 2^22: adding 1.5 * 2^23 leaves no fraction bits. Unlike
 // nearbyint, compilers vectorize it without giving up strict arithmetic.
 [[maybe_unused]] inline float round_even(float x) { return (x + 12582912.0f) - 12582912.0f; }

@@ -46,6 +46,29 @@ struct SortedTable {
 };
 SortedTable sort_table(const std::vector<float>& table);
 
+// Columns whose errors are fed to one another one by one; those outside the block come first, in
+// one sum. All units share it, because the order of the additions is part of the result.
+inline constexpr std::int64_t kFeedbackBlock = 32;
+
+// Rounding with feedback: each column is encoded after a multiple of the errors of the others has
+// been added to it. With t_k = x_k + sum_j coefficients[k][j] (x_j - value_j), j being positions in
+// `order`, column order[k] takes the code whose value lies nearest to t_k. Two uses
+// (python/vramkit/ _rounding.py makes the coefficients): from nothing, with j < k, and `resume`,
+// with all j != k.
+struct Feedback {
+  const Format* format = nullptr;
+  const SortedTable* sorted = nullptr;
+  std::int64_t cols = 0;
+  std::int64_t group = 0, groups = 0;   // columns that share a scale, and how often per row
+  const float* x = nullptr;             // [rows, cols]
+  const float* scales = nullptr;        // [rows, groups]
+  const float* zeros = nullptr;         // [rows, groups], or null without zero points
+  const float* coefficients = nullptr;  // [cols, cols]
+  const std::int64_t* order = nullptr;  // column by position
+  bool resume = false;                  // errors start as those of the codes that are there
+  std::uint8_t* codes = nullptr;        // [rows, cols], one byte each
+};
+
 struct Kernels {
   const char* name;
   // Encodes rows [begin, end) of x, a row-major [rows, cols] matrix with `stride` elements from
@@ -65,6 +88,8 @@ struct Kernels {
                  std::int64_t x_stride, const float* bias, void* out, std::int64_t out_stride,
                  std::int64_t begin, std::int64_t end);
   Int8Kernels int8;
+  // Rounding with feedback, rows [begin, end). Every unit gives the same codes.
+  void (*feedback)(const Feedback& job, std::int64_t begin, std::int64_t end);
 };
 
 const Kernels& reference_kernels();

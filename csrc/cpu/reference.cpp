@@ -87,6 +87,22 @@ float code_max(const Format& format) {
   return format.family == Family::affine ? 127.0f : 1.0f;
 }
 
+// The code of a number that has been divided by its scale, for all encoders but `searched`.
+std::uint32_t scaled_code(const Format& format, const SortedTable& sorted, float y) {
+  switch (format.encoder) {
+    case Encoder::midpoint:
+      return nearest_code(sorted, std::clamp(y, -1.0f, 1.0f));
+    case Encoder::e4m3:
+      return float_to_e4m3(y);
+    case Encoder::e5m2:
+      return float_to_e5m2(y);
+    default: {
+      const float q = std::clamp(std::nearbyintf(y), -127.0f, 127.0f);
+      return static_cast<std::uint8_t>(static_cast<std::int8_t>(q));
+    }
+  }
+}
+
 // Encodes one group of `count` floats that starts at element `first` of the row. Returns the scale.
 void encode_group(const Format& format, const SortedTable& sorted, const float* x,
                   std::int64_t count, std::uint8_t* codes, std::int64_t first, std::uint8_t* scales,
@@ -118,24 +134,7 @@ void encode_group(const Format& format, const SortedTable& sorted, const float* 
   write<float>(scales, group, most == 1.0f ? absmax : absmax / most);
   const float inverse = encode_factor(absmax, most);
   for (std::int64_t i = 0; i < count; ++i) {
-    std::uint32_t code = 0;
-    const float y = x[i] * inverse;
-    switch (format.encoder) {
-      case Encoder::midpoint:
-        code = nearest_code(sorted, std::clamp(y, -1.0f, 1.0f));
-        break;
-      case Encoder::e4m3:
-        code = float_to_e4m3(y);
-        break;
-      case Encoder::e5m2:
-        code = float_to_e5m2(y);
-        break;
-      default: {
-        const float q = std::clamp(std::nearbyintf(y), -127.0f, 127.0f);
-        code = static_cast<std::uint8_t>(static_cast<std::int8_t>(q));
-        break;
-      }
-    }
+    const std::uint32_t code = scaled_code(format, sorted, x[i] * inverse);
     write_code(codes, format.bits, first + i, code);
   }
 }
@@ -221,6 +220,51 @@ void linear(const Weight& weight, const void* x, DType type, std::int64_t count,
   }
 }
 
+void feedback(const Feedback& job, std::int64_t begin, std::int64_t end) {
+  const Format& format = *job.format;
+  const std::int64_t cols = job.cols;
+  std::vector<float> error(cols);
+  for (std::int64_t r = begin; r < end; ++r) {
+    const float* x = job.x + r * cols;
+    std::uint8_t* codes = job.codes + r * cols;
+    const auto at = [&](std::int64_t col) { return r * job.groups + col / job.group; };
+    const auto value = [&](std::int64_t col) {
+      const float scale = job.scales[at(col)];
+      if (format.family == Family::codebook) return format.table[codes[col]] * scale;
+      if (format.bits == 8) {
+        return static_cast<float>(static_cast<std::int8_t>(codes[col])) * scale;
+      }
+      return (static_cast<float>(codes[col]) - job.zeros[at(col)]) * scale;
+    };
+    for (std::int64_t k = 0; k < cols; ++k) {
+      const std::int64_t col = job.order[k];
+      error[k] = job.resume ? x[col] - value(col) : 0.0f;
+    }
+    for (std::int64_t k = 0; k < cols; ++k) {
+      const std::int64_t first = k / kFeedbackBlock * kFeedbackBlock;
+      const std::int64_t last = std::min(first + kFeedbackBlock, cols);
+      const std::int64_t col = job.order[k];
+      float target = x[col];
+      const auto add = [&](std::int64_t from, std::int64_t to) {
+        for (std::int64_t j = from; j < to; ++j) {
+          target = std::fma(job.coefficients[k * cols + j], error[j], target);
+        }
+      };
+      add(0, first);
+      if (job.resume) add(last, cols);
+      add(first, k);
+      if (job.resume) add(k + 1, last);
+      const float factor = inverse_scale(job.scales[at(col)]);
+      if (format.encoder == Encoder::searched) {
+        codes[col] = static_cast<std::uint8_t>(affine4_level(target, factor, job.zeros[at(col)]));
+      } else {
+        codes[col] = static_cast<std::uint8_t>(scaled_code(format, *job.sorted, target * factor));
+      }
+      error[k] = x[col] - value(col);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace vramkit::cpu
 
@@ -242,7 +286,8 @@ SortedTable sort_table(const std::vector<float>& table) {
 
 const Kernels& reference_kernels() {
   static const Kernels kernels{
-      "scalar", quantize, dequantize, linear, {quantize_int8, sums_int8, product_int8, spin_int8}};
+      "scalar", quantize, dequantize, linear, {quantize_int8, sums_int8, product_int8, spin_int8},
+      feedback};
   return kernels;
 }
 

@@ -6,6 +6,7 @@
 // that nothing is read past the row.
 #pragma once
 #include "cpu/vector_common.hpp"
+#include "cpu/vector_feedback.hpp"
 #include "cpu/vector_quantize.hpp"
 
 namespace vramkit::cpu {

@@ -4,6 +4,7 @@
 // operator has another Python type in each release of torch. The checks here guard the memory.
 #include <cstring>
 
+#include "ops/feedback.hpp"
 #include "ops/schema.hpp"
 #include "ops/weight.hpp"
 
@@ -208,5 +209,6 @@ STABLE_TORCH_LIBRARY_IMPL(vramkit, CPU, m) {
   m.impl("_dequantize_out", TORCH_BOX(&vramkit::ops::dequantize_out));
   m.impl("_linear_out", TORCH_BOX(&vramkit::ops::linear_out));
   m.impl("_embedding_out", TORCH_BOX(&vramkit::ops::embedding_out));
+  m.impl("_feedback_out", TORCH_BOX(&vramkit::ops::feedback_out));
   m.impl("_squared_error", TORCH_BOX(&vramkit::ops::squared_error));
 }

@@ -48,6 +48,9 @@ inline constexpr const char* kSchemas[] = {
     // of zeros have code 0.
     "_quantize_bounds_out(Tensor x, Tensor bounds, int block, Tensor(a!) codes, Tensor(b!) absmax) "
     "-> ()",
+    // Rounding with feedback (cpu::Feedback): codes of x anew, on the scales that are there.
+    "_feedback_out(Tensor x, Tensor coefficients, Tensor order, Tensor scales, Tensor? extra, "
+    "Tensor? table, int[] spec, bool resume, Tensor(a!) codes) -> ()",
     // [sum of squared differences between x and the stored weight, sum of squares of x], float64;
     // columns weighted by `importance` where given.
     "_squared_error(Tensor x, Tensor codes, Tensor scales, Tensor? extra, Tensor? table, "

@@ -14,6 +14,7 @@ from . import _operators as _operators
 from .convert import ConversionReport, convert, restore, set_weight
 from .errors import (
     BudgetError,
+    CalibrationError,
     CheckpointError,
     NonFiniteWeightError,
     ReadOnlyWeightError,
@@ -26,6 +27,7 @@ from .precision import PrecisionMode
 from .sizes import format_size, parse_size
 
 if TYPE_CHECKING:
+    from .calibration import Calibration
     from .checkpoint import convert_checkpoint, load, save
     from .estimator import MemoryEstimate, estimate
     from .inspection import ModelInfo, describe
@@ -38,6 +40,7 @@ __version__ = "0.1.0"
 # Loaded at first use, so that `import vramkit` stays fast. No module may bear the name of one of
 # these functions: importing it would put the module in the function's place.
 _LAZY = {
+    "Calibration": "calibration",
     "convert_checkpoint": "checkpoint",
     "load": "checkpoint",
     "save": "checkpoint",
@@ -70,6 +73,8 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "BudgetError",
+    "Calibration",
+    "CalibrationError",
     "CheckpointError",
     "Comparison",
     "ConversionReport",

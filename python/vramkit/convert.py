@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from .layers import QuantizedLayer, find_kind, is_layer_weight, swap, unswap
 from .layers.base import PART_NAMES, part_name
 from .precision import PrecisionMode
 from .sizes import format_size
+
+if TYPE_CHECKING:
+    from .calibration import Calibration
 
 __all__ = ["Candidate", "candidates", "convert", "matches", "restore", "set_weight"]
 
@@ -45,12 +48,14 @@ class ConversionReport:
 
     `left_out` holds (name, reason, bytes) of every parameter that keeps its plain form; `folded`
     holds (name, what) of every weight that was computed, by weight norm for example, and is plain
-    storage now.
+    storage now; `uncalibrated`, where calibration data was given, (name, reason) of layers that
+    were rounded without it.
     """
 
     layers: list[LayerReport] = field(default_factory=list)
     left_out: list[tuple[str, str, int]] = field(default_factory=list)
     folded: list[tuple[str, str]] = field(default_factory=list)
+    uncalibrated: list[tuple[str, str]] = field(default_factory=list)
 
     @property
     def original_bytes(self) -> int:
@@ -80,6 +85,9 @@ class ConversionReport:
                 for name, reason, n in self.left_out
             ],
             "folded": [{"name": name, "what": what} for name, what in self.folded],
+            "uncalibrated": [
+                {"name": name, "reason": reason} for name, reason in self.uncalibrated
+            ],
         }
 
     def __str__(self) -> str:
@@ -218,6 +226,8 @@ def convert(
     *,
     skip: Iterable[str] = (),
     parameters: Parameters = True,
+    calibration: Calibration | Iterable[Any] | None = None,
+    calibration_memory: str | float = "1 GiB",
     progress: bool | Progress = False,
 ) -> ConversionReport:
     """Store the weights of `model`'s layers in another format, in place.
@@ -235,6 +245,12 @@ def convert(
         skip: What to leave plain: full names, parents, last parts ("lm_head") or globs.
         parameters: Raw parameters outside torch's own layers. True: those of two dimensions or
             more and at least 16,384 elements; False: none; names or globs: those, of any size.
+        calibration: Batches like those of later use (Tensors, tuples or dicts), or a `Calibration`
+            collected on this model: codes are then chosen for the least error of the layers'
+            outputs on such inputs (docs/calibration.md). Layers that no batch reaches are rounded
+            to nearest, with a warning and in the report.
+        calibration_memory: What the collected data may take (GiB, or a string with its unit); the
+            batches are run once for each group of layers that fits it.
         progress: True for a progress bar, or a function of (bytes done, bytes in all, layer name).
 
     int8_dynamic and llm_int8 quantize the activations of Linear layers too; embeddings are int8
@@ -261,6 +277,17 @@ def convert(
     encoded: list[tuple[Candidate, StoredParts]] = []
     total = sum(c.original_bytes for c, _ in chosen)
     with progress_bar(progress, total, "convert") as advance:
+        if calibration is not None:
+            from .calibration import encode_calibrated
+
+            encoded, report.uncalibrated = encode_calibrated(
+                model,
+                chosen,
+                calibration,
+                memory=calibration_memory,
+                done=lambda candidate: advance(candidate.original_bytes, candidate.name),
+            )
+            chosen = []
         for candidate, fmt in chosen:
             encoded.append((candidate, encode_candidate(candidate, candidate.weight, fmt)))
             advance(candidate.original_bytes, candidate.name)
@@ -339,13 +366,20 @@ def _owner(module: nn.Module, name: str) -> tuple[QuantizedLayer | None, str]:
 class progress_bar:
     """A context that gives `advance(bytes, layer name)`: a bar, a caller's function, or nothing."""
 
-    def __init__(self, progress: bool | Progress, total: int, label: str) -> None:
+    def __init__(self, progress: bool | Progress, total: int, label: str, unit: str = "B") -> None:
         self.total, self.done, self.bar = total, 0, None
         self.callback = progress if callable(progress) else None
         if progress is True:
             from tqdm.auto import tqdm
 
-            self.bar = tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc=label)
+            in_bytes = unit == "B"
+            self.bar = tqdm(
+                total=total or None,
+                unit=unit,
+                unit_scale=in_bytes,
+                unit_divisor=1024 if in_bytes else 1000,
+                desc=label,
+            )
 
     def advance(self, n: int, name: str) -> None:
         """Count `n` more bytes."""

@@ -26,6 +26,10 @@ class NonFiniteWeightError(VramkitError, ValueError):
     """A weight that holds NaN or infinity, or overflows the format it was to be stored in."""
 
 
+class CalibrationError(VramkitError, ValueError):
+    """Calibration data that cannot be used: not finite, or of another model."""
+
+
 class StaleHandleError(VramkitError, RuntimeError):
     """A handle to a model that its manager has unloaded since."""
 

@@ -75,6 +75,11 @@ class Runner:
             return self.model(**batch)
         return self.model(*batch)
 
+    def feed(self, batch: Any) -> None:
+        """One call, untimed, for hooks that look at what passes (and at tensors' versions)."""
+        with torch.no_grad():
+            self.call(_to_device(batch, self.device))
+
     def run(self, batch: Any) -> Tensor:
         """The tensor to compare, with the call timed (the first batch is run once before)."""
         batch = _to_device(batch, self.device)
