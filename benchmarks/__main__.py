@@ -29,6 +29,9 @@ def main() -> int:
             sub.add_argument("--size", type=int, default=4096)
             sub.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64, 512])
             sub.add_argument("--threads", type=int, default=2)
+        if name == "cpu":
+            sub.add_argument("--formats", nargs="+", metavar="FORMAT")
+            sub.add_argument("--quick", action="store_true", help="one shape, bfloat16 input")
     options = parser.parse_args()
     module = importlib.import_module(f".{options.suite}", __package__)
     result, missed = module.run(options)

@@ -17,7 +17,7 @@ import torch
 import vramkit
 from torch import nn
 
-from .runner import in_turn, read_rate
+from .runner import in_turn, product_rate, read_rate
 
 SHAPES = ((4096, 4096), (384, 1536), (1536, 384), (576, 1536), (1536, 576))  # in, out features
 _CACHE_BYTES = 96 << 20
@@ -68,7 +68,7 @@ def _one(cols: int, out: int, rows: int, cold: bool) -> dict[str, Any]:
             name: float((made[0](x) - expected).norm() / expected.norm())
             for name, made in layers.items()
         }
-    rate, products = read_rate(), product_rate()
+    rate, products = read_rate(), product_rate(torch.int8)
     seconds = in_turn(work, repeats=25, slowest=0.4)
     limit = max(cols * out / rate if cold else 0.0, rows * cols * out / products)
     ours, torchs = seconds["ours"], seconds["torch"]
@@ -85,14 +85,6 @@ def _one(cols: int, out: int, rows: int, cold: bool) -> dict[str, Any]:
         "read_bytes_per_second": rate,
         "products_per_second": products,
     }
-
-
-def product_rate() -> float:
-    """int8 products per second of the dot-product instruction alone, operands in registers.
-
-    Measured by a native loop on every thread that torch uses.
-    """
-    return float(torch.ops.vramkit._int8_peak(torch.empty(torch.get_num_threads())))
 
 
 def _converted(name: str) -> Callable[[nn.Linear], nn.Module]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
 import time
@@ -73,12 +74,18 @@ def in_turn(
 
 
 def read_rate(nbytes: int = 256 << 20) -> float:
-    """Bytes per second that a streaming read of fresh memory reaches, measured now."""
-    source = torch.ones(nbytes // 4)
-    source.sum()
-    best = 0.0
-    for _ in range(5):
-        start = time.perf_counter()
-        source.sum()
-        best = max(best, nbytes / (time.perf_counter() - start))
-    return best
+    """Bytes per second of a streaming read from memory on torch's threads, measured now."""
+    return float(torch.ops.vramkit._read_rate(_buffer(nbytes)))
+
+
+@functools.cache
+def _buffer(nbytes: int) -> torch.Tensor:
+    return torch.ones(nbytes // 8, dtype=torch.int64)
+
+
+def product_rate(dtype: torch.dtype) -> float:
+    """Products per second of the dot-product instruction for `dtype`, operands in registers.
+
+    On every thread that torch uses; float16 inputs are multiplied as float32.
+    """
+    return float(torch.ops.vramkit._product_rate(torch.empty(torch.get_num_threads(), dtype=dtype)))

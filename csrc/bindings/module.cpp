@@ -87,10 +87,11 @@ void translate(std::exception_ptr thrown) {
 }  // namespace vramkit::bindings
 
 PYBIND11_MODULE(_core, m) {
-  m.doc() = "vramkit's native core: formats, files, planner, ledger.";
+  m.doc() = "vramkit's native core: formats, files, planner, ledger, memory.";
   vramkit::bindings::bind_formats(m);
   vramkit::bindings::bind_checkpoint(m);
   vramkit::bindings::bind_planner(m);
+  vramkit::bindings::bind_host_pool(m);
   vramkit::bindings::bind_ledger(m);
   py::register_local_exception_translator(&vramkit::bindings::translate);
 }

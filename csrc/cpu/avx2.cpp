@@ -143,7 +143,7 @@ struct Simd {
 
 namespace vramkit::cpu {
 namespace {
-constexpr Kernels kernels{Simd::name, quantize, dequantize, linear, int8_kernels, feedback};
+constexpr Kernels kernels{Simd::name, quantize, dequantize, linear, int8_kernels, feedback, spin};
 }  // namespace
 const Kernels* avx2_kernels() { return &kernels; }
 }  // namespace vramkit::cpu

@@ -130,8 +130,8 @@ struct Simd {
 
 namespace vramkit::cpu {
 namespace {
-constexpr Kernels kernels{Simd::name,    quantize,     dequantize_avx512,
-                          linear_avx512, int8_kernels, feedback};
+constexpr Kernels kernels{Simd::name,   quantize, dequantize_avx512, linear_avx512,
+                          int8_kernels, feedback, spin_avx512};
 }  // namespace
 const Kernels* avx512_kernels() { return &kernels; }
 }  // namespace vramkit::cpu

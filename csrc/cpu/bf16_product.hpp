@@ -140,5 +140,26 @@ void linear_avx512(const Weight& weight, const void* x, DType type, std::int64_t
   linear(weight, x, type, count, x_stride, bias, out, out_stride, begin, end);
 }
 
+// Kernels::spin of the AVX-512 unit.
+std::int64_t spin_avx512(DType type, std::int64_t rounds) {
+  if (type != DType::bf16) return spin(type, rounds);
+  constexpr int count = 12;
+  __m512 sums[count];
+  __m512i x = _mm512_setzero_si512();
+  const __m512i w = _mm512_setzero_si512();
+  VRAMKIT_UNROLL
+  for (int i = 0; i < count; ++i) sums[i] = _mm512_setzero_ps();
+  for (std::int64_t r = 0; r < rounds; ++r) {
+    asm volatile("" : "+v"(x));  // nothing to hoist
+    VRAMKIT_UNROLL
+    for (int i = 0; i < count; ++i) {
+      sums[i] = _mm512_dpbf16_ps(sums[i], (__m512bh)x, (__m512bh)w);
+    }
+  }
+  VRAMKIT_UNROLL
+  for (int i = 0; i < count; ++i) asm volatile("" : : "v"(sums[i]));
+  return rounds * count * 32;
+}
+
 }  // namespace
 }  // namespace vramkit::cpu

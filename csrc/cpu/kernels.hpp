@@ -90,6 +90,9 @@ struct Kernels {
   Int8Kernels int8;
   // Rounding with feedback, rows [begin, end). Every unit gives the same codes.
   void (*feedback)(const Feedback& job, std::int64_t begin, std::int64_t end);
+  // Multiplies and adds operands of `type` that stay in registers, for the benchmarks' limit.
+  // Returns how many products `rounds` rounds are.
+  std::int64_t (*spin)(DType type, std::int64_t rounds);
 };
 
 const Kernels& reference_kernels();

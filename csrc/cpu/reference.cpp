@@ -265,6 +265,15 @@ void feedback(const Feedback& job, std::int64_t begin, std::int64_t end) {
   }
 }
 
+std::int64_t spin(DType, std::int64_t rounds) {
+  volatile float x = 0.0f;
+  float sum = 0.0f;
+  for (std::int64_t r = 0; r < rounds; ++r) sum += x * x;
+  volatile float sink = sum;
+  (void)sink;
+  return rounds;
+}
+
 }  // namespace
 }  // namespace vramkit::cpu
 
@@ -287,7 +296,7 @@ SortedTable sort_table(const std::vector<float>& table) {
 const Kernels& reference_kernels() {
   static const Kernels kernels{
       "scalar", quantize, dequantize, linear, {quantize_int8, sums_int8, product_int8, spin_int8},
-      feedback};
+      feedback, spin};
   return kernels;
 }
 

@@ -295,5 +295,22 @@ void linear(const Weight& weight, const void* x, DType type, std::int64_t count,
   });
 }
 
+// Kernels::spin: twelve sums hide the latency of an FMA on two ports.
+std::int64_t spin(DType, std::int64_t rounds) {
+  constexpr int count = 12;
+  F sums[count], x = Simd::set1(0.0f);
+  const F w = Simd::set1(0.0f);
+#pragma GCC unroll 12
+  for (int i = 0; i < count; ++i) sums[i] = Simd::set1(0.0f);
+  for (std::int64_t r = 0; r < rounds; ++r) {
+    asm volatile("" : "+v"(x));  // nothing to hoist
+#pragma GCC unroll 12
+    for (int i = 0; i < count; ++i) sums[i] = Simd::fma(x, w, sums[i]);
+  }
+#pragma GCC unroll 12
+  for (int i = 0; i < count; ++i) asm volatile("" : : "v"(sums[i]));
+  return rounds * count * kLanes;
+}
+
 }  // namespace
 }  // namespace vramkit::cpu

@@ -3,8 +3,6 @@
 #include "cpu/int8.hpp"
 
 #include <algorithm>
-#include <atomic>
-#include <chrono>
 #include <cstring>
 #include <vector>
 
@@ -204,29 +202,11 @@ void int8_mm_out(const Tensor& a, const Tensor& b, Tensor& out) {
   run_product(job, rows, weight_rows);
 }
 
-double int8_peak(const Tensor& threads) {
-  // Products per second of all threads: each spins for some milliseconds, three times.
-  const auto count = threads.size(0);
-  const auto spin = cpu::active_kernels().int8.spin;
-  double best = 0.0;
-  for (int repeat = 0; repeat < 3; ++repeat) {
-    std::atomic<std::int64_t> products{0};
-    const auto start = std::chrono::steady_clock::now();
-    ts::parallel_for(0, count, 1, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t i = begin; i < end; ++i) products += spin(std::int64_t{1} << 20);
-    });
-    const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
-    best = std::max(best, static_cast<double>(products) / took.count());
-  }
-  return best;
-}
-
 }  // namespace
 }  // namespace vramkit::ops
 
 STABLE_TORCH_LIBRARY_IMPL(vramkit, CPU, m) {
   m.impl("_linear_int8_out", TORCH_BOX(&vramkit::ops::linear_int8_out));
   m.impl("_quantize_rows_out", TORCH_BOX(&vramkit::ops::quantize_rows_out));
-  m.impl("_int8_peak", TORCH_BOX(&vramkit::ops::int8_peak));
   m.impl("_int8_mm_out", TORCH_BOX(&vramkit::ops::int8_mm_out));
 }

@@ -41,8 +41,6 @@ inline constexpr const char* kSchemas[] = {
     "int activation, Tensor(a!) workspace, Tensor(b!) out) -> ()",
     "_quantize_rows_out(Tensor x, float threshold, Tensor(a!) codes, Tensor(b!) absmax, "
     "Tensor(c!) columns) -> ()",
-    // int8 products per second with operands in registers, on as many threads as `threads` is long.
-    "_int8_peak(Tensor threads) -> float",
     "_int8_mm_out(Tensor a, Tensor b, Tensor(a!) out) -> ()",
     // Blocks of 8-bit codes: how many of `bounds` (255, ascending) lie below x / absmax; blocks
     // of zeros have code 0.
@@ -55,6 +53,10 @@ inline constexpr const char* kSchemas[] = {
     // columns weighted by `importance` where given.
     "_squared_error(Tensor x, Tensor codes, Tensor scales, Tensor? extra, Tensor? table, "
     "Tensor? importance, int[] spec) -> Tensor",
+    // Limits of this machine: products per second of `operand`'s dtype with operands in registers,
+    // on as many threads as it is long; and bytes per second of a streaming read of `buffer`.
+    "_product_rate(Tensor operand) -> float",
+    "_read_rate(Tensor buffer) -> float",
 };
 
 }  // namespace vramkit::ops

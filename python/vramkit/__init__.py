@@ -22,6 +22,7 @@ from .errors import (
     VramkitError,
 )
 from .formats import StorageFormat, format_names, get_format, register_format
+from .host_pool import HostPool
 from .layers import QuantizedLayer, writable
 from .precision import PrecisionMode
 from .sizes import format_size, parse_size
@@ -78,6 +79,7 @@ __all__ = [
     "CheckpointError",
     "Comparison",
     "ConversionReport",
+    "HostPool",
     "MemoryEstimate",
     "ModelInfo",
     "NonFiniteWeightError",

@@ -1,5 +1,5 @@
 """
-vramkit's native core: formats, files, planner, ledger.
+vramkit's native core: formats, files, planner, ledger, memory.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ __all__: list[str] = [
     "Admission",
     "AdmissionAction",
     "Format",
+    "HostPiece",
+    "HostPool",
+    "HostPoolStats",
     "Ledger",
     "LedgerEntry",
     "LedgerState",
@@ -22,6 +25,7 @@ __all__: list[str] = [
     "SafetensorsWriter",
     "TensorInfo",
     "active_isa",
+    "advise_large_pages",
     "available_isas",
     "builtin_formats",
     "dynamic_map",
@@ -243,6 +247,40 @@ class PlannerResult:
         """
         partial plans kept during the search
         """
+
+class HostPiece:
+    """
+    Memory lent by a HostPool.
+    """
+
+class HostPoolStats:
+    """
+    What a pool holds and has lent, in bytes.
+    """
+    def __repr__(self) -> str: ...
+    @property
+    def held(self) -> int: ...
+    @property
+    def lent(self) -> int: ...
+    @property
+    def peak_used(self) -> int: ...
+    @property
+    def reused(self) -> int: ...
+    @property
+    def segments(self) -> int: ...
+    @property
+    def used(self) -> int: ...
+
+class HostPool:
+    """
+    Touched memory, lent again.
+    """
+    def __init__(self, limit: typing.SupportsInt | typing.SupportsIndex | None = None) -> None: ...
+    def stats(self) -> HostPoolStats: ...
+    def take(self, bytes: typing.SupportsInt | typing.SupportsIndex) -> HostPiece: ...
+    def trim(self) -> int: ...
+    @property
+    def limit(self) -> int | None: ...
 
 class LedgerState:
     """
@@ -476,6 +514,14 @@ class Ledger:
 def active_isa() -> str:
     """
     Name of the instruction-set unit in use; VRAMKIT_ISA forces one.
+    """
+
+def advise_large_pages(
+    start: typing.SupportsInt | typing.SupportsIndex,
+    bytes: typing.SupportsInt | typing.SupportsIndex,
+) -> None:
+    """
+    Ask that fresh memory be backed by large pages where it covers them.
     """
 
 def available_isas() -> list[str]:

@@ -28,6 +28,7 @@ from .formats import (
     _SCALE_NESTED,
     StorageFormat,
 )
+from .host_pool import new_tensor
 
 _ops = torch.ops.vramkit
 # Rows of x up to which a kernel takes the packed weight itself, by its unit and x's dtype; with
@@ -72,8 +73,7 @@ def _quantize(x: Tensor, table: Tensor | None, spec: list[int]) -> tuple[Tensor,
     if nested:
         direct[_SCALE] = _SCALE_F32
     codes, scales, extra = (
-        torch.empty(shape, dtype=torch.uint8, device=x.device)
-        for shape in _part_shapes(direct, rows, cols)
+        new_tensor(shape, torch.uint8, x.device) for shape in _part_shapes(direct, rows, cols)
     )
     _ops._quantize_out(matrix, table, direct, codes, scales, extra)
     if nested:
@@ -106,7 +106,7 @@ def _dequantize(
     shape: list[int],
     dtype: torch.dtype,
 ) -> Tensor:
-    out = torch.empty(shape, dtype=_kernel_dtype(dtype), device=codes.device)
+    out = new_tensor(shape, _kernel_dtype(dtype), codes.device)
     if out.numel():
         matrix = _as_matrix(out)
         _ops._dequantize_out(codes, scales, extra, table, spec, *matrix.shape, 0, matrix)
@@ -133,7 +133,7 @@ def _dequantize_rows(
         # Blocks cross these rows, so that all are decoded; the copy lets go of the others.
         whole = _dequantize(codes, scales, extra, table, spec, [rows, cols], dtype)
         return whole[first : first + count].clone()
-    out = torch.empty((count, cols), dtype=_kernel_dtype(dtype), device=codes.device)
+    out = new_tensor((count, cols), _kernel_dtype(dtype), codes.device)
     if out.numel():
         _ops._dequantize_out(codes, scales, extra, table, spec, rows, cols, first, out)
     return out.to(dtype)
@@ -205,7 +205,7 @@ def _panel_product(
     dtype = _product_dtype(matrix)
     wide = matrix.to(dtype)
     step = panel_rows(cols, dtype.itemsize, rows) if _separable(spec, cols) else rows
-    panel = torch.empty((step, cols), dtype=dtype, device=matrix.device)
+    panel = new_tensor((step, cols), dtype, matrix.device)
     for first in range(0, rows, step):
         part = panel[: min(step, rows - first)]
         _ops._dequantize_out(codes, scales, extra, table, spec, rows, cols, first, part)

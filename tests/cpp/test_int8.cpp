@@ -59,7 +59,7 @@ TEST_P(Int8Test, QuantizedRowsAreTheReferences) {
     for (const DType type : kTypes) {
       for (const float threshold : {0.0f, 2.0f, 1e-3f}) {
         const std::int64_t rows = 5, stride = cols + 3;
-        Buffer x(rows * stride * size_of(type), 1);
+        Buffer x(rows * stride * size_of(type), size_of(type));
         for (std::int64_t i = 0; i < rows * stride; ++i) {
           float v = std::normal_distribution<float>()(random);
           const std::int64_t row = i / stride;
@@ -158,7 +158,7 @@ TEST_P(Int8Test, ProductsAreTheReferences) {
       for (int kind = 0; kind < 6; ++kind) {
         const bool with_bias = kind % 2, with_outliers = kind == 2;
         Quantized rows(m, k);
-        Buffer x(m * k * size_of(type), 1);
+        Buffer x(m * k * size_of(type), size_of(type));
         for (std::int64_t i = 0; i < m * k; ++i) {
           write(x.data(), type, i, std::normal_distribution<float>()(random));
         }
@@ -191,7 +191,7 @@ TEST_P(Int8Test, ProductsAreTheReferences) {
         job.activation = static_cast<Activation>(kind > 2 ? kind - 2 : 0);
         job.type = type;
         job.out_stride = n;
-        Buffer expected(m * n * size_of(type)), got(m * n * size_of(type), 1);
+        Buffer expected(m * n * size_of(type)), got(m * n * size_of(type), size_of(type));
         job.out = expected.data();
         reference_kernels().int8.product(job, 0, m, 0, n);
         job.out = got.data();
