@@ -14,6 +14,7 @@ SUITES = {
     "frontier": "bytes against quality on real weights, and the picture of it",
     "imports": "time of `import vramkit` after `import torch`",
     "cpu": "one Linear on the CPU, by format and rows, against the peers and the limit",
+    "conversion": "encoding and decoding by format, against a copy's rate and the peers",
     "int8": "dynamic INT8 and LLM.int8 on the CPU, against torch, bitsandbytes and the limit",
 }
 
@@ -28,6 +29,7 @@ def main() -> int:
         if name in ("cpu", "int8"):
             sub.add_argument("--size", type=int, default=4096)
             sub.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64, 512])
+        if name in ("cpu", "conversion", "int8"):
             sub.add_argument("--threads", type=int, default=2)
         if name == "cpu":
             sub.add_argument("--formats", nargs="+", metavar="FORMAT")

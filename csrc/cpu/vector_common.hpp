@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <new>
 
 #include "cpu/encode.hpp"
 #include "cpu/kernels.hpp"
@@ -24,12 +25,14 @@ constexpr int kLanes = Simd::lanes;
 constexpr std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 constexpr int bytes_of(DType type) { return type == DType::f32 ? 4 : 2; }
 
-// Uninitialized memory for `count` elements of T.
+// Uninitialized memory for `count` elements of T, aligned to a line of the cache.
 template <class T>
 class Scratch {
  public:
-  explicit Scratch(std::int64_t count) : data_(new T[static_cast<std::size_t>(count)]) {}
-  ~Scratch() { delete[] data_; }
+  explicit Scratch(std::int64_t count)
+      : data_(static_cast<T*>(
+            ::operator new (static_cast<std::size_t>(count) * sizeof(T), std::align_val_t{64}))) {}
+  ~Scratch() { ::operator delete (data_, std::align_val_t{64}); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   T* get() const { return data_; }

@@ -10,7 +10,7 @@ import vramkit
 from numerics import UNIT, assert_within, gamma, linear_bound
 from torch import Tensor
 from torch.library import opcheck
-from vramkit import _core
+from vramkit import _core, _operators
 from vramkit._operators import StoredParts, encode, panel_rows, workspace_bytes
 
 ops = torch.ops.vramkit
@@ -84,6 +84,20 @@ def test_linear_against_float64(name: str, dtype: torch.dtype, rows: int, cols: 
                 expected = expected + b.double()
             bound = linear_bound(x, dense, b, dtype, weight_rounded=rounded)
             assert_within(y, expected, bound)
+
+
+@pytest.mark.parametrize("name", ["nf4", "int8", "bf16", "fp16"])
+def test_processors_without_bfloat16_products(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many rows are multiplied in float32 there: the weight is not rounded on the way."""
+    monkeypatch.setattr(_operators, "_BF16_PRODUCTS", False)
+    monkeypatch.setattr(_operators, "_FUSED_ROWS", {})
+    w = stored(name, 65, 384)
+    dense = w.dense(torch.float32)
+    x = torch.randn(33, 384, dtype=torch.bfloat16)
+    y = linear(x, w)
+    assert y.dtype == torch.bfloat16
+    expected = x.double() @ dense.double().t()
+    assert_within(y, expected, linear_bound(x, dense, None, torch.bfloat16))
 
 
 @pytest.mark.parametrize("count", [3, 40])
