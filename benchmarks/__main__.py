@@ -1,4 +1,4 @@
-"""The one runner: `python -m benchmarks quality|calibration|frontier|imports|cpu [--json PATH]`."""
+"""The one runner: `python -m benchmarks SUITE [--json PATH]`, suites by name below."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ SUITES = {
     "imports": "time of `import vramkit` after `import torch`",
     "cpu": "one Linear on the CPU, by format and rows, against the peers and the limit",
     "int8": "dynamic INT8 and LLM.int8 on the CPU, against torch, bitsandbytes and the limit",
+    "conv": "convolutions on the CPU, against torch's in bfloat16",
+    "interop": "bitsandbytes' operators on our kernels and on its own; memory of a QLoRA step",
 }
 
 
@@ -28,6 +30,7 @@ def main() -> int:
         if name in ("cpu", "int8"):
             sub.add_argument("--size", type=int, default=4096)
             sub.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64, 512])
+        if name in ("cpu", "int8", "conv", "interop"):
             sub.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     module = importlib.import_module(f".{options.suite}", __package__)

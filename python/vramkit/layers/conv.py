@@ -8,9 +8,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .. import _convolution  # noqa: F401  (defines vramkit::conv)
+from .. import _convolution
 from .._operators import _product_dtype
-from .base import QuantizedLayer, autocast_dtype, check_float, register_kind
+from .base import QuantizedLayer, autocast_dtype, check_float, in_transform, register_kind
+
+
+def _nobody_watches(x: Tensor, codes: Tensor) -> bool:
+    """Whether the native half of the operator may be called in its place.
+
+    Its Python half costs more than a small convolution. Autograd, compilers, transforms and modes
+    have to see the operator itself, and other devices have other implementations.
+    """
+    return (
+        not torch.is_grad_enabled()
+        and type(x) is Tensor
+        and x.device.type == codes.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not in_transform()
+    )
 
 
 class QuantizedConv(QuantizedLayer):
@@ -71,22 +87,27 @@ class QuantizedConv(QuantizedLayer):
     def _convolve(
         self, x: Tensor, padding: list[int], transposed: bool, output_padding: list[int]
     ) -> Tensor:
-        fmt, shape = self.storage_format, list(self.weight_shape)
+        stored, codes, bias = self._stored["weight"], self.codes, self.bias
+        fmt, shape = stored.fmt, list(stored.shape)
         stride, dilation = list(self.stride), list(self.dilation)
         # No CPU multiplies float16 at full rate or with wide sums: the operator takes float32.
-        if fmt.storage_dtype == x.dtype == _product_dtype(x):
-            bias = None if self.bias is None else self.bias.to(x.dtype)
-            weight = self.codes.view(x.dtype).view(shape)
+        if fmt.family == "cast" and fmt.storage_dtype == x.dtype == _product_dtype(x):
+            bias = None if bias is None else bias.to(x.dtype)
+            weight = codes.view(x.dtype).view(shape)
             return torch.convolution(
                 x, weight, bias, stride, padding, dilation, transposed, output_padding, self.groups
             )
-        out: Tensor = torch.ops.vramkit.conv(
+        convolve = torch.ops.vramkit.conv.default
+        if _nobody_watches(x, codes) and _convolution.is_whole(x, fmt.spec, shape):
+            convolve = torch.ops.vramkit._conv_whole.default
+            bias = bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
+        out: Tensor = convolve(
             x,
-            self.codes,
+            codes,
             self.scales,
             self.extra,
-            fmt.table_on(self.codes.device),
-            self.bias,
+            fmt.table_on(codes.device),
+            bias,
             fmt.spec,
             shape,
             stride,
@@ -96,6 +117,8 @@ class QuantizedConv(QuantizedLayer):
             output_padding,
             self.groups,
         )
+        if not x.is_contiguous():  # torch keeps the order of most, not of all
+            out = out.contiguous(memory_format=_convolution._layout(x))
         return out
 
 
