@@ -27,8 +27,9 @@ def main() -> int:
     for name, text in SUITES.items():
         sub = suites.add_parser(name, help=text)
         sub.add_argument("--json", metavar="PATH", help="write the results here")
-        if name in ("cpu", "int8"):
+        if name in ("cpu", "int8", "interop"):
             sub.add_argument("--size", type=int, default=4096)
+        if name in ("cpu", "int8"):
             sub.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64, 512])
         if name in ("cpu", "int8", "conv", "interop"):
             sub.add_argument("--threads", type=int, default=2)

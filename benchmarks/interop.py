@@ -7,6 +7,7 @@ allocator saw, weights included, with either library's 4-bit layers.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from statistics import median
@@ -24,6 +25,7 @@ ROWS = (1, 8, 64, 512)
 def run(options: Any) -> tuple[dict[str, Any], list[str]]:
     """Milliseconds on both, and bytes of a training step; no figure is promised of either."""
     torch.set_num_threads(options.threads)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of each cast to float16
     size = options.size
     found: dict[str, Any] = {"operators": {}}
     print(f"{size} x {size}, {options.threads} threads; ms before and after enable(), ratio")

@@ -131,9 +131,9 @@ def _language_model() -> dict[str, Any]:
         def apply(changed: nn.Module) -> nn.Module:
             head: Any = changed.lm_head
             changed.lm_head = nn.Identity()
-            change(changed)
-            changed.lm_head = head
-            return changed
+            made = change(changed)  # some return a copy
+            made.lm_head = head
+            return made
 
         return apply
 

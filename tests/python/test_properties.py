@@ -93,7 +93,7 @@ def linear(x: Tensor, w: StoredParts, bias: Tensor | None = None) -> Tensor:
     return out
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(cases)
 def test_linear(case: Case) -> None:
     w = encode(case.weight(), vramkit.get_format(case.fmt))
@@ -114,7 +114,7 @@ def test_linear(case: Case) -> None:
     assert torch.equal(y[:, empty], rest[empty].to(case.dtype).expand(case.count, -1))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(cases)
 def test_decoding(case: Case) -> None:
     """All dtypes are the float32 values rounded once; rows and gathered rows are parts of them."""
@@ -144,7 +144,7 @@ def every_value(w: StoredParts) -> Tensor:
     return torch.stack(values)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(cases)
 def test_encoding(case: Case) -> None:
     """Strides change no bit, and no other code would be nearer, on the same scales."""
@@ -248,7 +248,7 @@ def sparse(count: int) -> Tensor:
     return torch.from_numpy(np.zeros(count, np.uint8))
 
 
-@pytest.mark.parametrize("name", ["int4", "int8", "nf4", "bf16"])
+@pytest.mark.parametrize("name", ["int4", "int8", "bf16"])
 def test_beyond_2_to_the_31_elements(name: str) -> None:
     """The last rows of a weight of 2.3 * 10^9 elements, decoded, gathered and multiplied."""
     needed = 12.0
@@ -275,12 +275,13 @@ def test_beyond_2_to_the_31_elements(name: str) -> None:
     assert torch.equal(
         ops.embedding(indices, *args, [rows, cols], torch.bfloat16), expected.bfloat16()
     )
-    for count in (1, fused_rows(torch.bfloat16) + 1):
-        x = torch.randn(count, cols).bfloat16()
+    # From the packed bytes, and by decoded panels.
+    for count, dtype in ((1, torch.bfloat16), (fused_rows(torch.float16) + 1, torch.float16)):
+        x = torch.randn(count, cols).to(dtype)
         y = linear(x, large)
         assert not y[:, : rows - last].any()
         assert_within(
             y[:, rows - last :],
             x.double() @ expected.double().t(),
-            linear_bound(x, expected, None, torch.bfloat16, weight_rounded=True),
+            linear_bound(x, expected, None, dtype, weight_rounded=dtype == torch.bfloat16),
         )
