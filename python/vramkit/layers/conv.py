@@ -12,6 +12,9 @@ from .. import _convolution
 from .._operators import _product_dtype
 from .base import QuantizedLayer, autocast_dtype, check_float, in_transform, register_kind
 
+# Looking these up takes a while too.
+_CONV, _CONV_WHOLE = torch.ops.vramkit.conv.default, torch.ops.vramkit._conv_whole.default
+
 
 def _nobody_watches(x: Tensor, codes: Tensor) -> bool:
     """Whether the native half of the operator may be called in its place.
@@ -22,7 +25,8 @@ def _nobody_watches(x: Tensor, codes: Tensor) -> bool:
     return (
         not torch.is_grad_enabled()
         and type(x) is Tensor
-        and x.device.type == codes.device.type == "cpu"
+        and x.is_cpu
+        and codes.is_cpu
         and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and not in_transform()
@@ -87,7 +91,16 @@ class QuantizedConv(QuantizedLayer):
     def _convolve(
         self, x: Tensor, padding: list[int], transposed: bool, output_padding: list[int]
     ) -> Tensor:
-        stored, codes, bias = self._stored["weight"], self.codes, self.bias
+        stored, held = self._stored["weight"], self._parameters
+        codes: Any
+        scales: Any
+        parts: tuple[Any, ...]
+        if "codes" in held and "scales" in held and "extra" in held:  # a look-up by name is slow
+            parts = held["codes"], held["scales"], held["extra"]
+        else:  # whoever shards or offloads parameters may keep them elsewhere
+            parts = self.codes, self.scales, self.extra
+        codes, scales, extra = parts
+        bias = self.bias
         fmt, shape = stored.fmt, list(stored.shape)
         stride, dilation = list(self.stride), list(self.dilation)
         # No CPU multiplies float16 at full rate or with wide sums: the operator takes float32.
@@ -97,15 +110,15 @@ class QuantizedConv(QuantizedLayer):
             return torch.convolution(
                 x, weight, bias, stride, padding, dilation, transposed, output_padding, self.groups
             )
-        convolve = torch.ops.vramkit.conv.default
+        convolve = _CONV
         if _nobody_watches(x, codes) and _convolution.is_whole(x, fmt.spec, shape):
-            convolve = torch.ops.vramkit._conv_whole.default
+            convolve = _CONV_WHOLE
             bias = bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
         out: Tensor = convolve(
             x,
             codes,
-            self.scales,
-            self.extra,
+            scales,
+            extra,
             fmt.table_on(codes.device),
             bias,
             fmt.spec,
