@@ -1,4 +1,4 @@
-"""The one runner: `python -m benchmarks quality|calibration|frontier|imports|cpu [--json PATH]`."""
+"""The one runner: `python -m benchmarks SUITE [--json PATH]`, suites by name below."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ SUITES = {
     "cpu": "one Linear on the CPU, by format and rows, against the peers and the limit",
     "conversion": "encoding and decoding by format, against a copy's rate and the peers",
     "int8": "dynamic INT8 and LLM.int8 on the CPU, against torch, bitsandbytes and the limit",
+    "conv": "convolutions on the CPU, against torch's in bfloat16",
+    "interop": "bitsandbytes' operators on our kernels and on its own; memory of a QLoRA step",
 }
 
 
@@ -26,10 +28,11 @@ def main() -> int:
     for name, text in SUITES.items():
         sub = suites.add_parser(name, help=text)
         sub.add_argument("--json", metavar="PATH", help="write the results here")
-        if name in ("cpu", "int8"):
+        if name in ("cpu", "int8", "interop"):
             sub.add_argument("--size", type=int, default=4096)
+        if name in ("cpu", "int8"):
             sub.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64, 512])
-        if name in ("cpu", "conversion", "int8"):
+        if name in ("cpu", "conversion", "int8", "conv", "interop"):
             sub.add_argument("--threads", type=int, default=2)
         if name == "cpu":
             sub.add_argument("--formats", nargs="+", metavar="FORMAT")

@@ -1,7 +1,8 @@
-"""Error on the real weights of all-MiniLM-L6-v2, by format and by budget, beside the peers.
+"""Error on real weights, by format and by budget, beside the peers: first all-MiniLM-L6-v2's.
 
 The measure is that of the peers' table in docs/quality.md: 16 short sentences, mean-pooled and
-normalized embeddings, relative L2 over all and the least cosine, against float32.
+normalized embeddings, relative L2 over all and the least cosine, against float32. Four more models
+are in quality_models.py.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from torch import nn
 from vramkit.demo import SentenceEmbedder, model_folder, tokenize
 from vramkit.estimator import weight_bytes
 from vramkit.measure import call
+
+from . import quality_models
 
 SENTENCES = (
     "The cat sat on the mat.",
@@ -84,7 +87,8 @@ def run(options: Any) -> tuple[dict[str, Any], list[str]]:
                 f"{ours} {rows[ours]['relative_l2']:.4f} > {peer} {rows[peer]['relative_l2']:.4f}"
             )
     budgets = _budgets(reference.model, batch, error_of, missed)
-    return {"formats": rows, "budgets": budgets}, missed
+    models = quality_models.run()
+    return {"formats": rows, "budgets": budgets, "models": models}, missed
 
 
 def _print_row(name: str, row: dict[str, float]) -> None:

@@ -1,5 +1,5 @@
-// Schemas of all operators, in one place. Implementations: ops.cpp, blockwise.cpp (CPU), and
-// python/vramkit/_operators.py for those that allocate or call torch's own products.
+// Schemas of all operators, in one place. Implementations: ops.cpp, blockwise.cpp, conv.cpp, int8.cpp
+// (CPU), and python/vramkit/_operators.py for those that allocate or call torch's own products.
 //
 // A stored weight is passed as its parts (codes, scales, extra), the codebook's table, and `spec`:
 // [family, bits, grain, block, scale type, encoder, zero point], the fields of vramkit::Format.
@@ -32,6 +32,13 @@ inline constexpr const char* kSchemas[] = {
     "_quantize_out(Tensor x, Tensor? table, int[] spec, Tensor(a!) codes, Tensor(b!) scales, "
     "Tensor(c!) extra) -> ()",
     "_dequantize_out(Tensor codes, Tensor scales, Tensor? extra, Tensor? table, int[] spec, "
+    "int rows, int cols, int first_row, Tensor(a!) out) -> ()",
+    // `conv` where its weight is decoded whole, in x's dtype; no derivative.
+    "_conv_whole(Tensor x, Tensor codes, Tensor scales, Tensor? extra, Tensor? table, "
+    "Tensor? bias, int[] spec, int[] shape, int[] stride, int[] padding, int[] dilation, "
+    "bool transposed, int[] output_padding, int groups) -> Tensor",
+    // The same rows as [taps, channels] of [channels, taps]: out is [rows, taps, channels].
+    "_dequantize_taps_out(Tensor codes, Tensor scales, Tensor? extra, Tensor? table, int[] spec, "
     "int rows, int cols, int first_row, Tensor(a!) out) -> ()",
     "_linear_out(Tensor x, Tensor codes, Tensor scales, Tensor? extra, Tensor? table, "
     "Tensor? bias, int[] spec, Tensor(a!) out) -> ()",

@@ -19,12 +19,15 @@ from ._operators import _library, _ops, _product_dtype, _separable, matrix_shape
 # call: larger slices mean fewer of those, and all layers of most models are one slice.
 SLICE_BYTES = 16 << 20
 
+_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
 
 def _layout(x: Tensor) -> torch.memory_format:
     """The memory format of the result: x's."""
-    kinds = {4: torch.channels_last, 5: torch.channels_last_3d}
-    kind = kinds.get(x.dim())
-    if kind is not None and x.is_contiguous(memory_format=kind) and not x.is_contiguous():
+    if x.is_contiguous():
+        return torch.contiguous_format
+    kind = _LAST.get(x.dim())
+    if kind is not None and x.is_contiguous(memory_format=kind):
         return kind
     return torch.contiguous_format
 
@@ -39,10 +42,10 @@ def _output_size(
     output_padding: list[int],
     groups: int,
 ) -> list[int]:
-    sizes = [x.shape[0], shape[1] * groups if transposed else shape[0]]
-    for k in range(len(stride)):
+    batch, _, *spatial = x.shape
+    sizes = [batch, shape[1] * groups if transposed else shape[0]]
+    for k, size in enumerate(spatial):
         reach = dilation[k] * (shape[2 + k] - 1)
-        size = x.shape[2 + k]
         if transposed:
             sizes.append((size - 1) * stride[k] - 2 * padding[k] + reach + output_padding[k] + 1)
         else:
@@ -68,6 +71,59 @@ def _pieces(shape: list[int], groups: int, itemsize: int) -> list[tuple[int, int
     ]
 
 
+def is_whole(x: Tensor, spec: list[int], shape: list[int]) -> bool:
+    """Whether `_conv_whole` can take this call as it is."""
+    cols = math.prod(shape[1:])
+    return (
+        shape[0] * cols * x.dtype.itemsize <= SLICE_BYTES
+        and x.dtype != torch.float16
+        and x.numel() > 0
+        and _separable(spec, cols)
+    )
+
+
+def _pieces_of(
+    spec: list[int], shape: list[int], groups: int, itemsize: int
+) -> list[tuple[int, int, int]]:
+    """The slices that a weight of `shape` is decoded in."""
+    cols = math.prod(shape[1:])
+    if shape[0] * cols * itemsize <= SLICE_BYTES or not _separable(spec, cols):
+        return [(0, shape[0], groups)]
+    return _pieces(shape, groups, itemsize)
+
+
+def _decoded(
+    codes: Tensor,
+    scales: Tensor,
+    extra: Tensor | None,
+    table: Tensor | None,
+    spec: list[int],
+    shape: list[int],
+    first: int,
+    count: int,
+    dtype: torch.dtype,
+    layout: torch.memory_format,
+) -> Tensor:
+    """Rows [first, first + count) of the weight, [count, *shape[1:]], in the order of `layout`.
+
+    torch would copy a weight that is not in the order of its input.
+    """
+    rows, channels, *kernel = shape
+    taps = math.prod(kernel)
+    cols = channels * taps
+    separable = _separable(spec, cols)
+    if layout != torch.contiguous_format and separable and channels > 1 and taps > 1:
+        last = torch.empty((count, *kernel, channels), dtype=dtype, device=codes.device)
+        _ops._dequantize_taps_out(
+            codes, scales, extra, table, spec, rows, cols, first, last.view(count, taps, channels)
+        )
+        return last.movedim(-1, 1)
+    weight = torch.empty((count, channels, *kernel), dtype=dtype, device=codes.device)
+    out = weight.view(count, cols)
+    _ops._dequantize_out(codes, scales, extra, table, spec, rows, cols, first, out)
+    return weight
+
+
 def _conv(
     x: Tensor,
     codes: Tensor,
@@ -86,7 +142,7 @@ def _conv(
 ) -> Tensor:
     sizes = _output_size(x, shape, stride, padding, dilation, transposed, output_padding, groups)
     layout = _layout(x)
-    if not all(size > 0 for size in sizes[1:]):
+    if min(sizes[1:]) <= 0:
         raise RuntimeError(
             f"a convolution of input {list(x.shape)} with a weight {shape} has output {sizes}"
         )
@@ -96,19 +152,14 @@ def _conv(
             out += bias.to(x.dtype).reshape(-1, *[1] * len(stride))
         return out.contiguous(memory_format=layout)
     dtype = _product_dtype(x)
-    rows, cols = matrix_shape(shape, 1)
-    pieces = [(0, rows, groups)]
-    if _separable(spec, cols):
-        pieces = _pieces(shape, groups, dtype.itemsize)
+    pieces = _pieces_of(spec, shape, groups, dtype.itemsize)
     wide = x.to(dtype)
 
     def product(part: Tensor, first: int, count: int, n: int, add: Tensor | None) -> Tensor:
-        weight = _ops.dequantize_rows(
-            codes, scales, extra, table, spec, rows, cols, first, count, dtype
-        )
+        weight = _decoded(codes, scales, extra, table, spec, shape, first, count, dtype, layout)
         return torch.convolution(
             part,
-            weight.view(count, *shape[1:]),
+            weight,
             None if add is None else add.to(dtype),
             stride,
             padding,
@@ -118,13 +169,18 @@ def _conv(
             n,
         )
 
-    if len(pieces) == 1:
-        out = product(wide, 0, rows, groups, bias)
+    if len(pieces) == 1 and _separable(spec, math.prod(shape[1:])):
+        out = _ops._conv_whole(
+            wide, codes, scales, extra, table, None if bias is None else bias.to(dtype), spec,
+            shape, stride, padding, dilation, transposed, output_padding, groups,
+        )  # fmt: skip
+    elif len(pieces) == 1:
+        out = product(wide, 0, shape[0], groups, bias)
     elif transposed:
         out = _transposed_slices(wide, product, pieces, sizes, shape, groups, bias, layout)
     else:
         out = torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=layout)
-        each, channels = rows // groups, shape[1]
+        each, channels = shape[0] // groups, shape[1]
         for first, count, n in pieces:
             group = first // each
             part = wide[:, group * channels : (group + n) * channels]
@@ -177,9 +233,7 @@ def conv_workspace(args: tuple[Any, ...]) -> int:
     transposed, groups = args[11], args[13]
     dtype = _product_dtype(x)
     rows, cols = matrix_shape(shape, 1)
-    pieces = [(0, rows, groups)]
-    if _separable(spec, cols):
-        pieces = _pieces(shape, groups, dtype.itemsize)
+    pieces = _pieces_of(spec, shape, groups, dtype.itemsize)
     largest = max(count for _, count, _ in pieces)
     stride, padding, dilation = args[8:11]
     outputs = _output_size(x, shape, stride, padding, dilation, transposed, args[12], groups)

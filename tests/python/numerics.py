@@ -96,3 +96,32 @@ def product_bound(
 # adds a few roundings of values below one, and gates whose slope is at most 1/4 pass on less than
 # they get, so that errors stay at some tens of roundings.
 RECURRENCE = 64 * UNIT[torch.float32]
+
+
+def nested_bound(magnitude: torch.Tensor, length: int, depth: int) -> torch.Tensor:
+    """Largest error of `depth` float32 sums of `length` products, each of results of the one below.
+
+    `magnitude` is the exact result for absolute values of everything, so that it is also what each
+    sum's magnitudes come to when they are passed on: every level adds its own share of it. Products
+    of two computed numbers (a square) count as one level more.
+    """
+    return depth * accumulation_bound(length) * magnitude.double() + 2 * TINY[torch.float32]
+
+
+def size_bound(values: torch.Tensor, length: int, depth: int) -> float:
+    """Like `nested_bound` where magnitudes are not at hand: from the largest of `values`.
+
+    The terms of a sum have signs of their own, so that their magnitudes come to about sqrt(length)
+    times its size.
+    """
+    largest = float(values.abs().max()) if values.numel() else 0.0
+    return depth * accumulation_bound(length) * math.sqrt(length) * largest
+
+
+# bitsandbytes multiplies by 6.200124e-05 where 1 / 127^2 = 6.200012e-05 is meant.
+INT8_CONSTANT = 1.9e-5
+# A merged adapter is rounded to int8's steps: half a step of a row, absmax / 254, on every weight,
+# against weights whose mean square is about (absmax / 3)^2. That is 1.2 % / sqrt(3) of each layer's
+# output, by chance in sign; a few such layers, and outputs that are small beside the others, reach
+# some percent of the largest output.
+INT8_MERGED = 0.05

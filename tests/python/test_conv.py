@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -220,6 +221,54 @@ def test_compiled_fullgraph(option: Any) -> None:
     x = torch.randn(shape)
     with torch.no_grad():
         assert torch.equal(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=label)
+def test_inference_gives_the_operators_bits(option: Any) -> None:
+    """Without gradients the dispatcher is passed by."""
+    kind, args, kwargs, shape = option
+    layer = kind(*args, **kwargs).eval()
+    vramkit.convert(layer, "int8")
+    x = torch.randn(shape)
+    layouts = [x]
+    if len(shape) - len(layer.stride) == 2 and len(shape) in (4, 5):
+        last = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+        layouts.append(x.to(memory_format=last))
+    for given in layouts:
+        with torch.profiler.profile() as seen, torch.enable_grad():
+            expected = layer(given)
+        assert "vramkit::conv" in {event.key for event in seen.key_averages()}
+        for mode in (torch.no_grad, torch.inference_mode):
+            with torch.profiler.profile() as seen, mode():
+                got = layer(given)
+            if given.numel():
+                assert "vramkit::conv" not in {event.key for event in seen.key_averages()}
+            assert torch.equal(got, expected)
+            assert got.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("channels", [1, 2, 7, 8, 16, 33])
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (2, 5), (4, 4), (1, 7)], ids=str)
+def test_decoding_for_channels_last(channels: int, kernel: tuple[int, int]) -> None:
+    """The same values as torch's copy of the decoded weight, in the same order in memory."""
+    for name in ("int8", "fp8", "int4", "bf16"):
+        layer = nn.Conv2d(channels, 5, kernel)
+        vramkit.convert(layer, name)
+        fmt = layer.storage_format
+        rows, cols, taps = 5, channels * math.prod(kernel), math.prod(kernel)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            dense = layer.parts.dense(dtype)
+            for first, count in ((0, 5), (3, 2), (4, 0)):
+                out = torch.empty(count, taps, channels, dtype=dtype)
+                torch.ops.vramkit._dequantize_taps_out(
+                    *layer.parts.arguments, fmt.spec, rows, cols, first, out
+                )
+                expected = dense[first : first + count].reshape(count, channels, taps)
+                assert torch.equal(out, expected.transpose(1, 2))
+    with pytest.raises(RuntimeError, match="rows asked for"):
+        torch.ops.vramkit._dequantize_taps_out(
+            *layer.parts.arguments, fmt.spec, rows, cols, 4, torch.empty(2, taps, channels)
+        )
 
 
 def test_autocast_and_output_size() -> None:

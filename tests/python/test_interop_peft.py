@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import vramkit
+from numerics import INT8_MERGED, size_bound
 from torch import Tensor, nn
 from vramkit.errors import ReadOnlyWeightError
 from vramkit.interop import peft as interop
@@ -126,7 +127,7 @@ class TestDetails:
         bias, y = model.base_model.model.up.base_layer.bias.clone(), model(IDS)
         merge(model)
         assert not torch.equal(model.base_model.model.up.base_layer.bias, bias)
-        torch.testing.assert_close(model(IDS), y, rtol=0.05, atol=0.05)  # int8 rounds the sum
+        assert float((model(IDS) - y).abs().max()) <= INT8_MERGED * float(y.abs().max())
         model.unmerge_adapter()
         assert torch.equal(model.base_model.model.up.base_layer.bias, bias)
         assert torch.equal(model(IDS), y)
@@ -135,7 +136,7 @@ class TestDetails:
         model = adapted("int8", use_dora=True)
         before, y = stored(model), model(IDS)
         merge(model)
-        torch.testing.assert_close(model(IDS), y, rtol=0.05, atol=0.05)  # int8 rounds the sum
+        assert float((model(IDS) - y).abs().max()) <= INT8_MERGED * float(y.abs().max())
         model.unmerge_adapter()
         assert all(torch.equal(a, b) for a, b in zip(before, stored(model), strict=True))
 
@@ -185,8 +186,9 @@ class TestDetails:
         for each in (model, twin):
             each(IDS).square().sum().backward()
             grads.append([p.grad for n, p in each.named_parameters() if "lora_" in n])
-        # Sums of the same float32 products in another order.
-        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+        # Sums of the same float32 products in another order: three layers there and back.
+        for mine, theirs in zip(*grads, strict=True):
+            assert float((mine - theirs).abs().max()) <= size_bound(theirs, 96, depth=6)
 
 
 class TestRegistration:

@@ -205,6 +205,18 @@ def test_wrong_inputs() -> None:
         layer(torch.randn(3, 2, 24).double())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}], ids=str)
+def test_compiled_fullgraph(kind: Any, options: dict[str, Any]) -> None:
+    """Dynamo traces recurrences only where it is told to (`allow_rnn`), of plain layers too."""
+    layer, _ = pair(kind, options, "nf4")
+    torch._dynamo.reset()
+    x = torch.randn(5, 3, 24)
+    with torch._dynamo.config.patch(allow_rnn=True), torch.no_grad():
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        assert_close(compiled(x), layer(x))
+
+
 @pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
 @pytest.mark.parametrize("options", [{}, {"bias": False}, {"nonlinearity": "relu"}], ids=str)
 @pytest.mark.parametrize("name", ["int8", "nf4", "bf16"])

@@ -7,14 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 import vramkit
+from numerics import assert_within, nested_bound
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 FORMATS = ["nf4", "nf4_dq", "int4", "int8", "fp8", "bf16"]
-# A float64 reference of the same decoded weight against float32 sums of 64 products of numbers
-# near one: 64 * 2^-24 = 4e-6 of sums that reach 10^2 for the quadratic forms below.
-CLOSE = {"rtol": 1e-4, "atol": 1e-3}
 
 
 @pytest.fixture(params=FORMATS)
@@ -24,55 +22,95 @@ def layer(request: pytest.FixtureRequest) -> nn.Linear:
     return made
 
 
-def plain(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
+Function = Callable[[Tensor], Tensor]
+
+
+def plain(layer: nn.Linear, *, absolute: bool = False) -> Function:
+    """The layer in float64 with its decoded weight, or with the magnitudes of all its numbers."""
     weight, bias = layer.dense_weight(torch.float32).double(), layer.bias.detach().double()
+    if absolute:
+        weight, bias = weight.abs(), bias.abs()
     return lambda x: x.double() @ weight.t() + bias
 
 
-def energy(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def energy(f: Function) -> Function:
     return lambda x: f(x).square().sum()
 
 
-def check(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual.double(), expected.double(), **CLOSE)
+def check(
+    transform: Callable[[Function], Callable[..., Tensor]],
+    layer: nn.Linear,
+    *inputs: Tensor,
+    depth: int,
+) -> None:
+    """A transform of the layer, against the same of its float64 twin."""
+    actual = transform(layer)(*inputs)
+    expected = transform(plain(layer))(*(x.double() for x in inputs))
+    # Everything here is a polynomial with positive coefficients of weights and inputs.
+    magnitude = transform(plain(layer, absolute=True))(*(x.double().abs() for x in inputs))
+    assert actual.isfinite().all()
+    assert_within(actual.detach(), expected.detach(), nested_bound(magnitude.detach(), 65, depth))
+
+
+def test_the_bound_can_fail(layer: nn.Linear) -> None:
+    twin = plain(layer)
+    weight = layer.dense_weight(torch.float32).double()
+    wrong = weight.clone()
+    wrong[3, 5] *= 1 + 2.0**-10
+    x = torch.randn(5, 64)
+    with pytest.raises(AssertionError, match="times its bound"):
+        assert_within(
+            x.double() @ wrong.t() + layer.bias.detach().double(),
+            twin(x),
+            nested_bound(plain(layer, absolute=True)(x.abs()), 65, 1),
+        )
 
 
 def test_reverse_mode(layer: nn.Linear) -> None:
-    x, f = torch.randn(5, 64), plain(layer)
-    check(grad(energy(layer))(x), grad(energy(f))(x.double()))
-    check(jacrev(layer)(x[0]), jacrev(f)(x[0].double()))
-    y, back = vjp(layer, x)
-    check(y, f(x))
-    check(back(y)[0], vjp(f, x.double())[1](y.double())[0])
+    x = torch.randn(5, 64)
+    check(lambda f: f, layer, x, depth=1)
+    check(lambda f: grad(energy(f)), layer, x, depth=3)
+    check(lambda f: jacrev(f), layer, x[0], depth=1)
+    check(lambda f: lambda x: vjp(f, x)[0], layer, x, depth=1)
+    check(lambda f: lambda x, y: vjp(f, x)[1](y)[0], layer, x, torch.randn(5, 33), depth=1)
 
 
 def test_forward_mode(layer: nn.Linear) -> None:
     """Its derivative is not silently zero."""
-    x, t, f = torch.randn(5, 64), torch.randn(5, 64), plain(layer)
-    check(jvp(layer, (x,), (t,))[1], jvp(f, (x.double(),), (t.double(),))[1])
-    check(jacfwd(layer)(x[0]), jacfwd(f)(x[0].double()))
-    with forward_ad.dual_level():
-        out = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, t)))
-    check(out.tangent, jvp(f, (x.double(),), (t.double(),))[1])
+    x, t = torch.randn(5, 64), torch.randn(5, 64)
+
+    def dual(f: Function) -> Callable[..., Tensor]:
+        def run(x: Tensor, t: Tensor) -> Tensor:
+            with forward_ad.dual_level():
+                found = forward_ad.unpack_dual(f(forward_ad.make_dual(x, t))).tangent
+                assert found is not None
+                return found
+
+        return run
+
+    check(lambda f: lambda x, t: jvp(f, (x,), (t,))[1], layer, x, t, depth=1)
+    check(lambda f: jacfwd(f), layer, x[0], depth=1)
+    check(dual, layer, x, t, depth=1)
 
 
 def test_vmap_and_compositions(layer: nn.Linear) -> None:
-    x, f = torch.randn(3, 5, 64), plain(layer)
-    check(vmap(layer)(x), f(x))
-    check(vmap(layer, in_dims=1, out_dims=1)(x), f(x))
-    check(vmap(grad(energy(layer)))(x), vmap(grad(energy(f)))(x.double()))
-    check(hessian(energy(layer))(x[0, 0]), hessian(energy(f))(x[0, 0].double()))
+    x = torch.randn(3, 5, 64)
+    check(lambda f: vmap(f), layer, x, depth=1)
+    check(lambda f: vmap(f, in_dims=1, out_dims=1), layer, x, depth=1)
+    check(lambda f: vmap(grad(energy(f))), layer, x, depth=3)
+    check(lambda f: hessian(energy(f)), layer, x[0, 0], depth=3)
 
 
 def test_double_backward(layer: nn.Linear) -> None:
-    def second(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        x = x.clone().requires_grad_()
-        (first,) = torch.autograd.grad(energy(f)(x), x, create_graph=True)
-        return torch.autograd.grad(first.square().sum(), x)[0]
+    def second(f: Function) -> Function:
+        def run(x: Tensor) -> Tensor:
+            x = x.clone().requires_grad_()
+            (first,) = torch.autograd.grad(energy(f)(x), x, create_graph=True)
+            return torch.autograd.grad(first.square().sum(), x)[0]
 
-    x = torch.randn(4, 64)
-    wanted = second(plain(layer), x.double())
-    torch.testing.assert_close(second(layer, x).double(), wanted, rtol=1e-3, atol=1e-2)
+        return run
+
+    check(second, layer, torch.randn(4, 64), depth=6)
 
 
 def test_functional_call(layer: nn.Linear) -> None:

@@ -8,9 +8,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .. import _convolution  # noqa: F401  (defines vramkit::conv)
+from .. import _convolution
 from .._operators import _product_dtype
-from .base import QuantizedLayer, autocast_dtype, check_float, register_kind
+from .base import QuantizedLayer, autocast_dtype, check_float, in_transform, register_kind
+
+# Looking these up takes a while too.
+_CONV, _CONV_WHOLE = torch.ops.vramkit.conv.default, torch.ops.vramkit._conv_whole.default
+
+
+def _nobody_watches(x: Tensor, codes: Tensor) -> bool:
+    """Whether the native half of the operator may be called in its place.
+
+    Its Python half costs more than a small convolution. Autograd, compilers, transforms and modes
+    have to see the operator itself, and other devices have other implementations.
+    """
+    return (
+        not torch.is_grad_enabled()
+        and type(x) is Tensor
+        and x.is_cpu
+        and codes.is_cpu
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not in_transform()
+    )
 
 
 class QuantizedConv(QuantizedLayer):
@@ -71,22 +91,36 @@ class QuantizedConv(QuantizedLayer):
     def _convolve(
         self, x: Tensor, padding: list[int], transposed: bool, output_padding: list[int]
     ) -> Tensor:
-        fmt, shape = self.storage_format, list(self.weight_shape)
+        stored, held = self._stored["weight"], self._parameters
+        codes: Any
+        scales: Any
+        parts: tuple[Any, ...]
+        if "codes" in held and "scales" in held and "extra" in held:  # a look-up by name is slow
+            parts = held["codes"], held["scales"], held["extra"]
+        else:  # whoever shards or offloads parameters may keep them elsewhere
+            parts = self.codes, self.scales, self.extra
+        codes, scales, extra = parts
+        bias = self.bias
+        fmt, shape = stored.fmt, list(stored.shape)
         stride, dilation = list(self.stride), list(self.dilation)
         # No CPU multiplies float16 at full rate or with wide sums: the operator takes float32.
-        if fmt.storage_dtype == x.dtype == _product_dtype(x):
-            bias = None if self.bias is None else self.bias.to(x.dtype)
-            weight = self.codes.view(x.dtype).view(shape)
+        if fmt.family == "cast" and fmt.storage_dtype == x.dtype == _product_dtype(x):
+            bias = None if bias is None else bias.to(x.dtype)
+            weight = codes.view(x.dtype).view(shape)
             return torch.convolution(
                 x, weight, bias, stride, padding, dilation, transposed, output_padding, self.groups
             )
-        out: Tensor = torch.ops.vramkit.conv(
+        convolve = _CONV
+        if _nobody_watches(x, codes) and _convolution.is_whole(x, fmt.spec, shape):
+            convolve = _CONV_WHOLE
+            bias = bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
+        out: Tensor = convolve(
             x,
-            self.codes,
-            self.scales,
-            self.extra,
-            fmt.table_on(self.codes.device),
-            self.bias,
+            codes,
+            scales,
+            extra,
+            fmt.table_on(codes.device),
+            bias,
             fmt.spec,
             shape,
             stride,
@@ -96,6 +130,8 @@ class QuantizedConv(QuantizedLayer):
             output_padding,
             self.groups,
         )
+        if not x.is_contiguous():  # torch keeps the order of most, not of all
+            out = out.contiguous(memory_format=_convolution._layout(x))
         return out
 
 
