@@ -140,10 +140,11 @@ struct Simd {
 #include "cpu/int8_avx2.hpp"
 #include "cpu/int8_vector.hpp"
 #include "cpu/vector_kernels.hpp"
+#include "cpu/vector_recurrent.hpp"
 
 namespace vramkit::cpu {
 namespace {
-constexpr Kernels kernels{Simd::name, quantize, dequantize, linear, int8_kernels, feedback};
+constexpr Kernels kernels{Simd::name, quantize, dequantize, linear, int8_kernels, feedback, recur};
 }  // namespace
 const Kernels* avx2_kernels() { return &kernels; }
 }  // namespace vramkit::cpu

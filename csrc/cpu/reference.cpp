@@ -269,6 +269,7 @@ void feedback(const Feedback& job, std::int64_t begin, std::int64_t end) {
 }  // namespace vramkit::cpu
 
 #include "cpu/int8_reference.hpp"
+#include "cpu/recurrent_reference.hpp"
 
 namespace vramkit::cpu {
 
@@ -287,7 +288,7 @@ SortedTable sort_table(const std::vector<float>& table) {
 const Kernels& reference_kernels() {
   static const Kernels kernels{
       "scalar", quantize, dequantize, linear, {quantize_int8, sums_int8, product_int8, spin_int8},
-      feedback};
+      feedback, recur};
   return kernels;
 }
 

@@ -43,7 +43,8 @@ def _activation_index(activation: str) -> int:
         ) from None
 
 
-def _consecutive(matrix: Tensor) -> Tensor:
+def consecutive(matrix: Tensor) -> Tensor:
+    """`matrix` with the elements of a row beside each other, as kernels read them."""
     return matrix if matrix.shape[1] <= 1 or matrix.stride(1) == 1 else matrix.contiguous()
 
 
@@ -73,7 +74,7 @@ def run_linear_int8(
         raise ValueError(
             f"int8 products of {cols} columns could overflow int32; at most {LONGEST_ROW} are taken"
         )
-    matrix = _consecutive(x.reshape(-1, cols) if cols else x.reshape(x.shape[:-1].numel(), 0))
+    matrix = consecutive(x.reshape(-1, cols) if cols else x.reshape(x.shape[:-1].numel(), 0))
     rows = matrix.shape[0]
     out = torch.empty((rows, out_features), dtype=x.dtype, device=x.device)
     workspace = torch.empty(
@@ -95,7 +96,7 @@ def _quantize_rows(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]
             f"quantize_rows takes a float32, bfloat16 or float16 matrix, got {x.dtype} "
             f"{list(x.shape)}"
         )
-    matrix = _consecutive(x)
+    matrix = consecutive(x)
     codes = torch.empty(matrix.shape, dtype=torch.int8, device=x.device)
     absmax = torch.empty(matrix.shape[0], dtype=torch.float32, device=x.device)
     columns = torch.empty(matrix.shape[1], dtype=torch.uint8, device=x.device)
@@ -120,7 +121,7 @@ def _int8_mm(a: Tensor, b: Tensor) -> Tensor:
             f"fewer than {LONGEST_ROW} are taken"
         )
     out = torch.empty((a.shape[0], b.shape[0]), dtype=torch.int32, device=a.device)
-    _ops._int8_mm_out(_consecutive(a), _consecutive(b), out)
+    _ops._int8_mm_out(consecutive(a), consecutive(b), out)
     return out
 
 
@@ -190,6 +191,23 @@ torch.library.register_autograd(
 )
 
 
+def unobserved(x: Tensor) -> bool:
+    """Whether a call on `x` may go to its kernel directly, past autograd and the dispatcher.
+
+    Small layers take a few microseconds, as does that way: a plain CPU tensor with no gradient to
+    record, no mode and no compiler that would want to see the call.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and type(x) is Tensor
+        and x.device.type == "cpu"
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._len_torch_function_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
 def linear_int8(
     x: Tensor,
     codes: Tensor,
@@ -199,20 +217,8 @@ def linear_int8(
     activation: str,
     out_features: int,
 ) -> Tensor:
-    """`torch.ops.vramkit.linear_int8`, without its dispatch where nothing looks on.
-
-    Small layers take a few microseconds, as does the way through autograd's and the dispatcher's
-    layers: plain CPU tensors with no gradient to record go to the kernel directly.
-    """
-    if (
-        not torch.compiler.is_compiling()
-        and not torch.is_grad_enabled()
-        and type(x) is Tensor
-        and x.device.type == "cpu"
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._len_torch_function_stack()
-        and torch._C._functorch.peek_interpreter_stack() is None
-    ):
+    """`torch.ops.vramkit.linear_int8`, without its dispatch where nothing looks on."""
+    if unobserved(x):
         return run_linear_int8(x, codes, scales, bias, threshold, activation, out_features)
     out: Tensor = _ops.linear_int8(x, codes, scales, bias, threshold, activation, out_features)
     return out
