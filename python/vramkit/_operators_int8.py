@@ -17,6 +17,7 @@ from ._operators import _library
 from .formats import get_format
 
 _ops = torch.ops.vramkit
+_linear_int8_out = _ops._linear_int8_out.default
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "silu")
 # Products longer than this could leave int32 (csrc/cpu/int8.hpp).
 LONGEST_ROW = 1 << 17
@@ -74,14 +75,16 @@ def run_linear_int8(
         raise ValueError(
             f"int8 products of {cols} columns could overflow int32; at most {LONGEST_ROW} are taken"
         )
-    matrix = consecutive(x.reshape(-1, cols) if cols else x.reshape(x.shape[:-1].numel(), 0))
+    # Written for few steps: on a small layer each takes as long as some of the arithmetic.
+    matrix = x
+    if x.dim() != 2:
+        matrix = x.reshape(-1, cols) if cols else x.reshape(x.shape[:-1].numel(), 0)
+    matrix = consecutive(matrix)
     rows = matrix.shape[0]
-    out = torch.empty((rows, out_features), dtype=x.dtype, device=x.device)
-    workspace = torch.empty(
-        workspace_bytes(rows, cols, threshold), dtype=torch.uint8, device=x.device
-    )
-    wide = None if bias is None else bias.to(torch.float32)
-    _ops._linear_int8_out(matrix, codes, scales, wide, threshold, index, workspace, out)
+    out = matrix.new_empty((rows, out_features))
+    workspace = codes.new_empty(workspace_bytes(rows, cols, threshold))
+    wide = bias if bias is None or bias.dtype == torch.float32 else bias.to(torch.float32)
+    _linear_int8_out(matrix, codes, scales, wide, threshold, index, workspace, out)
     return out if x.dim() == 2 else out.reshape(*x.shape[:-1], out_features)
 
 
@@ -205,6 +208,7 @@ def unobserved(x: Tensor) -> bool:
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._len_torch_function_stack()
         and torch._C._functorch.peek_interpreter_stack() is None
+        and torch.autograd.forward_ad._current_level < 0
     )
 
 
