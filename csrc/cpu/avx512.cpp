@@ -133,8 +133,8 @@ struct Simd {
 
 namespace vramkit::cpu {
 namespace {
-constexpr Kernels kernels{Simd::name,    quantize,     dequantize_avx512,
-                          linear_avx512, int8_kernels, feedback, recur};
+constexpr Kernels kernels{Simd::name, quantize, dequantize_avx512, linear_avx512, int8_kernels,
+                          feedback,   recur};
 }  // namespace
 const Kernels* avx512_kernels() { return &kernels; }
 }  // namespace vramkit::cpu

@@ -3,7 +3,8 @@
 //
 // In the panel a vector holds four consecutive k of sixteen rows of the weight, so that four bytes
 // of x, spread over a vector, give sixteen sums at once and nothing is added across lanes. That
-// pays for short rows (Packing::pays); of long ones those additions are a small part. Bytes lie in the panel as vpdpbusd takes them: w + 128, and 0 past the end of k.
+// pays for short rows (Packing::pays); of long ones those additions are a small part. Bytes lie in
+// the panel as vpdpbusd takes them: w + 128, and 0 past the end of k.
 #pragma once
 #include "cpu/vector_common.hpp"
 
@@ -77,8 +78,7 @@ template <int M, int N>
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
-      acc[m][n] =
-          add ? _mm512_loadu_si512(sums + m * kPanelCols + n * 16) : _mm512_setzero_si512();
+      acc[m][n] = add ? _mm512_loadu_si512(sums + m * kPanelCols + n * 16) : _mm512_setzero_si512();
     }
   }
   const auto step = [&](const std::uint8_t* w, auto four) __attribute__((always_inline)) {

@@ -1,9 +1,10 @@
 // The int8 kernels on vectors, in terms of the unit's `Simd`, `Dot` and `Packing` (int8_avx2.hpp;
 // int8_avx512.hpp and int8_packed.hpp).
 //
-// Of few rows (and without AVX-512 of any number) the product has both operands along k, as they lie
-// in memory, so nothing is packed: a tile of Dot::rows x 4 dot products keeps its vectors of partial sums in registers, and adds them across
-// lanes once at its end. Blocking, from the inside out:
+// Of few rows (and without AVX-512 of any number) the product has both operands along k, as they
+// lie in memory, so nothing is packed: a tile of Dot::rows x 4 dot products keeps its vectors of
+// partial sums in registers, and adds them across lanes once at its end. Blocking, from the inside
+// out:
 //   kDepth     columns at a time: four rows of the weight (8 KB) stay in the first-level cache
 //              while the rows of x pass by, with as much of x.
 //   kChunkRows rows of x at a time stay in the second-level cache (512 KB of 4096 columns) ...

@@ -1,7 +1,7 @@
 // What recurrent layers compute between their products: gates, and from them the new state.
 //
-// The gates of a row lie `units` apart, in torch's order: of an LSTM input, forget, cell, output; of
-// a GRU reset, update, new. All arithmetic is in float32.
+// The gates of a row lie `units` apart, in torch's order: of an LSTM input, forget, cell, output;
+// of a GRU reset, update, new. All arithmetic is in float32.
 #pragma once
 #include <cstdint>
 

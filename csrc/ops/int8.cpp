@@ -161,8 +161,8 @@ void linear_int8_out(const Tensor& x, const Tensor& codes, const Tensor& scales,
   if (!rows || !weight_rows) return;
   std::vector<std::int64_t> outliers;
   const Int8Input input{x.data_ptr(), type, rows, cols, x.stride(0), static_cast<float>(threshold)};
-  cpu::Int8Product job = quantized_product(
-      input, weight, static_cast<std::uint8_t*>(workspace.data_ptr()), outliers);
+  cpu::Int8Product job =
+      quantized_product(input, weight, static_cast<std::uint8_t*>(workspace.data_ptr()), outliers);
   job.activation = static_cast<cpu::Activation>(activation);
   job.out = out.data_ptr();
   job.out_stride = out.stride(0);

@@ -1,10 +1,9 @@
 // Products with quantized rows, as the operators of linear layers and of recurrent ones need them.
 #pragma once
-#include "cpu/int8.hpp"
-
 #include <optional>
 #include <vector>
 
+#include "cpu/int8.hpp"
 #include "ops/weight.hpp"
 
 namespace vramkit::ops {

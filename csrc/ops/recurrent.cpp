@@ -113,9 +113,9 @@ void recurrent_int8_out(const Tensor& x, std::optional<Tensor> steps, const Tens
   const std::int64_t width = gates * size.units;
   const auto limit = static_cast<float>(threshold);
   std::vector<std::int64_t> outliers;
-  cpu::Int8Product job =
-      quantized_product({x.data_ptr(), cpu::DType::f32, size.rows, size.features, x.stride(0), limit},
-                        from_x, rows_memory, outliers);
+  cpu::Int8Product job = quantized_product(
+      {x.data_ptr(), cpu::DType::f32, size.rows, size.features, x.stride(0), limit}, from_x,
+      rows_memory, outliers);
   job.out = x_gates;
   job.out_stride = width;
   run_product(job, size.rows, width);
@@ -153,7 +153,8 @@ void recurrent_int8_out(const Tensor& x, std::optional<Tensor> steps, const Tens
     const std::int64_t chunks = (size.units + kUnits - 1) / kUnits;
     const std::int64_t grain = product_grain(batch, gates * kUnits, size.state);
     ts::parallel_for(0, chunks, grain, [&](std::int64_t begin, std::int64_t end) {
-      const std::int64_t each = kUnits * std::max<std::int64_t>(1, kRowsAtOnce / std::max<std::int64_t>(1, batch));
+      const std::int64_t each =
+          kUnits * std::max<std::int64_t>(1, kRowsAtOnce / std::max<std::int64_t>(1, batch));
       const std::int64_t stop = std::min(end * kUnits, size.units);
       for (std::int64_t first = begin * kUnits; first < stop; first += each) {
         const std::int64_t last = std::min(first + each, stop);

@@ -21,7 +21,8 @@ inline constexpr const char* kSchemas[] = {
     "str activation, int out_features) -> Tensor",
     "quantize_rows(Tensor x, float threshold) -> (Tensor, Tensor, Tensor)",
     "int8_mm(Tensor a, Tensor b) -> Tensor",
-    // One direction of one recurrent layer (_recurrent.py): x [steps * batch, features] or, with the
+    // One direction of one recurrent layer (_recurrent.py): x [steps * batch, features] or, with
+    // the
     // sizes of its steps, packed; [out, h, c], all float32, c empty but of an LSTM.
     "recurrent_int8(Tensor x, int[]? steps, Tensor h, Tensor? c, Tensor ih_codes, "
     "Tensor ih_scales, Tensor hh_codes, Tensor hh_scales, Tensor? hr_codes, Tensor? hr_scales, "

@@ -143,10 +143,11 @@ def run_recurrent_int8(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs [rows, state], final h and final c (empty but of an LSTM), all float32.
 
-    x: float32 [rows, features], the rows of each time step together; `steps` says how many rows each
-    step has, never more than the one before; None that all have the batch's. h: [batch, state]; c: [batch, units].
-    Codes and scales are those of int8 weights, by row; hr_codes are an LSTM's projection. Rows of x
-    and of each state are quantized by their own absmax; `threshold` is LLM.int8's, 0 for none.
+    x: float32 [rows, features], the rows of each time step together; `steps` says how many rows
+    each step has, never more than the one before; None that all have the batch's. h: [batch,
+    state]; c: [batch, units]. Codes and scales are those of int8 weights, by row; hr_codes are an
+    LSTM's projection. Rows of x and of each state are quantized by their own absmax; `threshold` is
+    LLM.int8's, 0 for none.
     """
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}; the recurrences are: {', '.join(MODES)}")
@@ -164,7 +165,10 @@ def run_recurrent_int8(
     out = x.new_empty((x.shape[0], h.shape[1]))
     matrix = consecutive(x)
     sizes = None if steps is None else torch.tensor(steps, dtype=torch.int64)
-    size = workspace_bytes(*x.shape, h.shape[0], units, h.shape[1], GATES[mode], threshold)
+    batch, width = h.shape
+    size = workspace_bytes(
+        x.shape[0], x.shape[1], batch, units, width, GATES[mode], float(threshold)
+    )
     workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
     _ops._recurrent_int8_out(
         matrix, sizes, ih_codes, ih_scales, hh_codes, hh_scales, hr_codes, hr_scales,

@@ -11,6 +11,7 @@ import importlib.util
 import os
 import sys
 import types
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,15 @@ import vramkit
 from torch import Tensor, nn
 
 FORMATS = ["bf16", "fp8", "int8", "int4", "nf4"]
+ACTIVATIONS = ["int8_dynamic", "llm_int8"]
+
+
+def dynamic(model: nn.Module, kinds: set[type[nn.Module]]) -> nn.Module:
+    """torch's own dynamic INT8, which has one scale for a whole tensor."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made: nn.Module = torch.ao.quantization.quantize_dynamic(model, kinds, dtype=torch.qint8)
+    return made
 
 
 def folder(package: str) -> Path:
@@ -76,14 +86,19 @@ class VoiceEncoder(nn.Module):
         return nn.functional.normalize(torch.relu(self.linear(hidden[-1])), dim=-1)
 
 
-@pytest.mark.parametrize("name", ["bf16", "fp8", "int8"])
-def test_voice_encoder(name: str) -> None:
-    """Made sounds are no speech: 160 steps of three layers amplify errors, in bf16 already."""
+def voice_encoder() -> VoiceEncoder:
     state = torch.load(
         folder("resemblyzer") / "pretrained.pt", weights_only=True, map_location="cpu"
     )["model_state"]
     model = VoiceEncoder()
     model.load_state_dict({k: v for k, v in state.items() if k.startswith(("lstm", "linear"))})
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp8", "int8", *ACTIVATIONS])
+def test_voice_encoder(name: str) -> None:
+    """Made sounds are no speech: 160 steps of three layers amplify errors, in bf16 already."""
+    model = voice_encoder()
     sounds = mel(tones(16, 16000 * 16 // 10))
     with torch.no_grad():
         reference = model(sounds)
@@ -92,6 +107,13 @@ def test_voice_encoder(name: str) -> None:
     assert report.coverage_bytes_fraction > 0.99
     cosine = float((out * reference).sum(-1).min())
     print(f"voice encoder {name}: error {relative(out, reference):.5f} least cosine {cosine:.6f}")
+    if name in ACTIVATIONS:
+        assert {layer.format for layer in report.layers} == {name}
+        with torch.no_grad():
+            theirs = dynamic(voice_encoder(), {nn.LSTM, nn.Linear})(sounds)
+        print(f"torch's dynamic INT8: error {relative(theirs, reference):.5f}")
+        assert relative(out, reference) < relative(theirs, reference)
+        return
     bounds = {"bf16": 0.15, "fp8": 0.35, "int8": 0.45}
     assert relative(out, reference) < bounds[name]
 
@@ -138,7 +160,7 @@ TEXT = (
 WORDS = TEXT.split()
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", FORMATS + ACTIVATIONS)
 def test_speller(name: str) -> None:
     values = np.load(folder("g2p_en") / "checkpoint20.npz")
     model = Speller({k: torch.from_numpy(values[k]) for k in values.files}).eval()
@@ -152,6 +174,19 @@ def test_speller(name: str) -> None:
         torch.cat([mine[1] for mine, _ in pairs]), torch.cat([theirs[1] for _, theirs in pairs])
     )
     print(f"speller {name}: error {error:.5f} same words {same:.2f}")
+    if name in ACTIVATIONS:
+        theirs = dynamic(copy.deepcopy(plain), {nn.GRU, nn.GRUCell, nn.Linear})
+        assert isinstance(theirs, Speller)
+        with torch.no_grad():
+            spelt = [theirs.spell(w) for w in WORDS]
+        peer = relative(
+            torch.cat([first for _, first in spelt]), torch.cat([p[1] for _, p in pairs])
+        )
+        agree = sum(mine[0] == p[0] for mine, (_, p) in zip(spelt, pairs, strict=True))
+        print(f"torch's dynamic INT8: error {peer:.5f} same words {agree / len(WORDS):.2f}")
+        assert error < peer
+        assert same >= 0.95
+        return
     bounds = {"bf16": 0.01, "fp8": 0.06, "int8": 0.02, "int4": 0.25, "nf4": 0.2}
     least = {"bf16": 0.98, "fp8": 0.85, "int8": 0.95, "int4": 0.5, "nf4": 0.6}
     assert error < bounds[name]

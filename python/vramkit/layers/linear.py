@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -28,7 +30,7 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
         fmt = self._stored["weight"].fmt
         if fmt.activations and unobserved(x) and not torch.is_autocast_enabled("cpu"):
             # Small layers take a few microseconds: straight to the kernel, past module look-ups.
-            own = self._parameters
+            own: dict[str, Any] = self._parameters
             if x.shape[-1:] == (self.in_features,):
                 return run_linear_int8(
                     x, own["codes"], own["scales"], own["bias"], fmt.threshold, "none",

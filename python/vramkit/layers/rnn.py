@@ -1,7 +1,8 @@
 """nn.LSTM, GRU, RNN and their cells with their weights in storage formats.
 
-A sequence decodes one layer's weights at a time and gives them to torch's own recurrence; in formats
-that quantize activations it runs natively from the stored bytes. A cell multiplies from them.
+A sequence decodes one layer's weights at a time and gives them to torch's own recurrence; in
+formats that quantize activations it runs natively from the stored bytes. A cell multiplies from
+them.
 """
 
 from __future__ import annotations
@@ -341,7 +342,7 @@ def _run_int8(
     threshold: float,
     reverse: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The native recurrence on parts [ih codes, ih scales, hh codes, hh scales, (of a projection)]."""
+    """The native recurrence; `parts` are codes and scales of ih, of hh and of a projection."""
     padded = [*parts, *(None,) * (6 - len(parts))]
     both = [*states, *(None,) * (2 - len(states))]
     out, h, c = recurrent_int8(x, steps, *both, *padded, *biases, mode, threshold, reverse)
