@@ -53,9 +53,7 @@ def run(options: Any) -> tuple[dict[str, Any], list[str]]:
                     key = f"{name} {what} {dtype_name} threads {threads}"
                     found[key] = result
                     _print(name, f"{what} {dtype_name}", result)
-                    missed += [
-                        f"{key}: {text}" for text in _missed(name, what, dtype_name, result)
-                    ]
+                    missed += [f"{key}: {text}" for text in _missed(name, what, dtype_name, result)]
     return found, missed
 
 

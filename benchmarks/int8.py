@@ -1,5 +1,7 @@
 """Dynamic INT8 and LLM.int8 on the CPU against torch's quantize_dynamic and bitsandbytes, in turn.
 
+Linear layers and recurrent ones (these against torch alone).
+
 Weights come from memory (enough layers in turn that none is in cache) or stay in cache (one layer).
 The limit is the larger of two times: the weight's bytes over the read rate, and the products over
 the rate of a product that stays in the first-level cache, both measured in the same minute.
@@ -19,7 +21,19 @@ from torch import nn
 
 from .runner import in_turn, product_rate, read_rate
 
-SHAPES = ((4096, 4096), (384, 1536), (1536, 384), (576, 1536), (1536, 576))  # in, out features
+# In and out features: a large layer, MiniLM's, SmolLM2's.
+SHAPES = (
+    *((4096, 4096), (384, 384), (384, 1536), (1536, 384)),
+    *((576, 576), (576, 192), (576, 1536), (1536, 576)),
+)
+# Recurrent layers: a voice encoder's, a speller's (packages carry the weights), larger ones.
+RECURRENT: tuple[tuple[str, type[nn.RNNBase], tuple[int, int, int], int], ...] = (
+    ("LSTM 40-256 x 3, 160 steps", nn.LSTM, (40, 256, 3), 160),
+    ("GRU 256-256, 12 steps", nn.GRU, (256, 256, 1), 12),
+    ("LSTM 512-512, 50 steps", nn.LSTM, (512, 512, 1), 50),
+    ("GRU 1024-1024, 20 steps", nn.GRU, (1024, 1024, 1), 20),
+)
+BATCHES = (1, 8, 64)
 _CACHE_BYTES = 96 << 20
 # Promised: time over torch's dynamic INT8 at most, by rows.
 RATIOS = {1: 1.0, 8: 1.0, 64: 0.95, 512: 0.95}
@@ -47,7 +61,43 @@ def run(options: Any) -> tuple[dict[str, Any], list[str]]:
                 missed.append(f"{key}: {ratio:.2f} of torch's time")
             if result["errors"]["ours"] > result["errors"]["torch"]:
                 missed.append(f"{key}: less accurate than torch")
+    if options.size == 4096:
+        for threads in (1, options.threads) if options.threads > 1 else (1,):
+            torch.set_num_threads(threads)
+            _recurrent(threads, found, missed)
     return found, missed
+
+
+def _recurrent(threads: int, found: dict[str, Any], missed: list[str]) -> None:
+    """Recurrent layers, their weights in cache."""
+    print(f"recurrent layers, {threads} threads")
+    print(f"{'layer':>30}{'batch':>6}{'ours ms':>10}{'torch ms':>10}{'ratio':>8}"
+          f"{'error':>9}{'torch':>9}")  # fmt: skip
+    for (name, kind, sizes, steps), batch in itertools.product(RECURRENT, BATCHES):
+        plain = nn.Sequential(kind(*sizes))
+        x = torch.randn(steps, batch, sizes[0])
+        layers = {"ours": copy.deepcopy(plain), "torch": _dynamic(plain, kind)}
+        vramkit.convert(layers["ours"], "int8_dynamic")
+        with torch.inference_mode():
+            expected = copy.deepcopy(plain).double()(x.double())[0]
+            errors = {
+                what: float((layer(x)[0] - expected).norm() / expected.norm())
+                for what, layer in layers.items()
+            }
+        seconds = in_turn(
+            {what: _in_turn([layer], x) for what, layer in layers.items()}, repeats=25, slowest=0.4
+        )
+        ratio = seconds["ours"] / seconds["torch"]
+        key = f"{name} batch {batch} threads {threads}"
+        found[key] = {"seconds": seconds, "errors": errors}
+        print(
+            f"{name:>30}{batch:>6}{seconds['ours'] * 1e3:>10.3f}{seconds['torch'] * 1e3:>10.3f}"
+            f"{ratio:>8.2f}{errors['ours']:>9.4f}{errors['torch']:>9.4f}"
+        )
+        if ratio > RATIOS.get(batch, 1.0):
+            missed.append(f"{key}: {ratio:.2f} of torch's time")
+        if errors["ours"] > errors["torch"]:
+            missed.append(f"{key}: less accurate than torch")
 
 
 def _one(cols: int, out: int, rows: int, cold: bool) -> dict[str, Any]:
@@ -97,11 +147,13 @@ def _converted(name: str) -> Callable[[nn.Linear], nn.Module]:
 
 
 def _torch(plain: nn.Linear) -> nn.Module:
+    return _dynamic(nn.Sequential(copy.deepcopy(plain)), nn.Linear)
+
+
+def _dynamic(model: nn.Module, kind: type[nn.Module]) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        made: nn.Module = torch.ao.quantization.quantize_dynamic(
-            nn.Sequential(copy.deepcopy(plain)), {nn.Linear}, dtype=torch.qint8
-        )
+        made: nn.Module = torch.ao.quantization.quantize_dynamic(model, {kind}, dtype=torch.qint8)
     return made
 
 

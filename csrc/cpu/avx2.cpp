@@ -140,13 +140,14 @@ struct Simd {
 #include "cpu/int8_avx2.hpp"
 #include "cpu/int8_vector.hpp"
 #include "cpu/vector_kernels.hpp"
+#include "cpu/vector_recurrent.hpp"
 // After the kernels that it falls back on.
 #include "cpu/nibbles_avx2.hpp"
 
 namespace vramkit::cpu {
 namespace {
 constexpr Kernels kernels{Simd::name,   quantize, dequantize, linear_avx2,
-                          int8_kernels, feedback, spin};
+                          int8_kernels, feedback, recur,      spin};
 }  // namespace
 const Kernels* avx2_kernels() { return &kernels; }
 }  // namespace vramkit::cpu

@@ -123,15 +123,18 @@ struct Simd {
 }  // namespace vramkit::cpu
 
 #include "cpu/int8_avx512.hpp"
+#include "cpu/int8_packed.hpp"
+// After what they are made of.
 #include "cpu/int8_vector.hpp"
 #include "cpu/vector_kernels.hpp"
+#include "cpu/vector_recurrent.hpp"
 // After the kernels that they build on.
 #include "cpu/bf16_product.hpp"
 
 namespace vramkit::cpu {
 namespace {
-constexpr Kernels kernels{Simd::name,   quantize, dequantize_avx512, linear_avx512,
-                          int8_kernels, feedback, spin_avx512};
+constexpr Kernels kernels{Simd::name, quantize, dequantize_avx512, linear_avx512, int8_kernels,
+                          feedback,   recur,    spin_avx512};
 }  // namespace
 const Kernels* avx512_kernels() { return &kernels; }
 }  // namespace vramkit::cpu

@@ -46,5 +46,9 @@ struct Dot {
   }
 };
 
+struct Packing {
+  static constexpr bool exists = false;  // the weight is multiplied where it lies
+};
+
 }  // namespace
 }  // namespace vramkit::cpu

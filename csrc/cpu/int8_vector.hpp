@@ -1,9 +1,10 @@
-// The int8 kernels on vectors, in terms of the unit's `Simd` and `Dot` (int8_avx2.hpp,
-// int8_avx512.hpp).
+// The int8 kernels on vectors, in terms of the unit's `Simd`, `Dot` and `Packing` (int8_avx2.hpp;
+// int8_avx512.hpp and int8_packed.hpp).
 //
-// The product has both operands along k, as they lie in memory, so nothing is packed: a tile of
-// Dot::rows x 4 dot products keeps its vectors of partial sums in registers, and adds them across
-// lanes once at its end. Blocking, from the inside out:
+// Of few rows (and without AVX-512 of any number) the product has both operands along k, as they
+// lie in memory, so nothing is packed: a tile of Dot::rows x 4 dot products keeps its vectors of
+// partial sums in registers, and adds them across lanes once at its end. Blocking, from the inside
+// out:
 //   kDepth     columns at a time: four rows of the weight (8 KB) stay in the first-level cache
 //              while the rows of x pass by, with as much of x.
 //   kChunkRows rows of x at a time stay in the second-level cache (512 KB of 4096 columns) ...
@@ -218,8 +219,9 @@ template <int M>
 
 struct Int8Scratch {
   // [tile of columns][row][column in the tile]: what a tile writes is consecutive, and does not
-  // drive the operands out of the first-level cache.
+  // drive the operands out of the first-level cache. Packed: [row][column].
   std::int32_t sums[kChunkRows * kChunkCols];
+  bool packed;
   float rest[kChunkRows * kChunkCols];     // outlier columns' share
   float values[kChunkRows * kChunkCols];   // of some outlier columns: x ...
   float decoded[kChunkCols * kChunkCols];  // ... and the codes of the weight, column by column
@@ -321,6 +323,16 @@ void int8_outliers(const Int8Product& job, std::int64_t row, std::int64_t rows, 
   }
 }
 
+// A vector of row i's sums from column n on.
+inline I sums_at(const Int8Scratch& s, std::int64_t i, std::int64_t n) {
+  if (!s.packed) {
+    return Dot::gather(s.sums + n * kChunkRows + i * kTileCols, kChunkRows * kTileCols);
+  }
+  I all;
+  std::memcpy(&all, s.sums + i * kChunkCols + n, sizeof(all));
+  return all;
+}
+
 template <Activation activation>
 F activate(F v) {
   if constexpr (activation == Activation::gelu) return gelu(v);
@@ -341,7 +353,7 @@ void int8_finish(const Int8Product& job, std::int64_t row, std::int64_t rows, st
     const F row_scale = Simd::set1(job.x_absmax[row + i] / 127.0f);
     auto out = static_cast<std::uint8_t*>(job.out) + ((row + i) * job.out_stride + col) * size;
     for (std::int64_t n = 0; n < cols; n += kLanes) {
-      const I sum = Dot::gather(s.sums + n * kChunkRows + i * kTileCols, kChunkRows * kTileCols);
+      const I sum = sums_at(s, i, n);
       const F scale = Simd::load(scales + n);
       F value = Simd::to_float(sum - correction) * scale * row_scale;
       if (job.outlier_count) value = value + Simd::load(s.rest + i * kChunkCols + n) * scale;
@@ -362,10 +374,24 @@ void int8_copy_sums(const Int8Product& job, std::int64_t row, std::int64_t rows,
     const std::int32_t correction = Dot::bias * job.x_sums[row + i];
     std::int32_t* out = static_cast<std::int32_t*>(job.out) + (row + i) * job.out_stride + col;
     for (std::int64_t n = 0; n < cols; ++n) {
-      const std::int64_t tile = n / kTileCols * kTileCols * kChunkRows;
-      out[n] = s.sums[tile + i * kTileCols + n % kTileCols] - correction;
+      const std::int64_t tile = n / kTileCols * kTileCols * kChunkRows + i * kTileCols;
+      out[n] = s.sums[s.packed ? i * kChunkCols + n : tile + n % kTileCols] - correction;
     }
   }
+}
+
+// The weight transposed, panel by panel, where that pays; whether it does.
+template <class P>
+bool int8_pack(const Int8Product& job, std::int64_t row, std::int64_t rows, std::int64_t col,
+               std::int64_t cols, Int8Scratch& scratch) {
+  if constexpr (P::exists) {
+    if (P::pays(rows, job.cols)) {
+      const Scratch<typename P::Panel> panel(1);
+      P::sums(job, row, rows, col, cols, *panel.get(), scratch.sums);
+      return true;
+    }
+  }
+  return false;
 }
 
 void product_int8(const Int8Product& job, std::int64_t row, std::int64_t row_end,
@@ -376,7 +402,8 @@ void product_int8(const Int8Product& job, std::int64_t row, std::int64_t row_end
     const std::int64_t cols = smaller(kChunkCols, end - col);
     for (std::int64_t first = row; first < row_end; first += kChunkRows) {
       const std::int64_t rows = smaller(kChunkRows, row_end - first);
-      int8_sums(job, first, rows, col, cols, end, scratch);
+      scratch.packed = int8_pack<Packing>(job, first, rows, col, cols, scratch);
+      if (!scratch.packed) int8_sums(job, first, rows, col, cols, end, scratch);
       if (job.exact) {
         int8_copy_sums(job, first, rows, col, cols, scratch);
         continue;

@@ -11,6 +11,7 @@
 
 #include "core/format.hpp"
 #include "cpu/int8.hpp"
+#include "cpu/recurrent.hpp"
 
 namespace vramkit::cpu {
 
@@ -90,6 +91,8 @@ struct Kernels {
   Int8Kernels int8;
   // Rounding with feedback, rows [begin, end). Every unit gives the same codes.
   void (*feedback)(const Feedback& job, std::int64_t begin, std::int64_t end);
+  // Units [begin, end) of the first `rows` rows.
+  void (*recur)(const RecurrentStep& step, std::int64_t rows, std::int64_t begin, std::int64_t end);
   // Multiplies and adds operands of `type` that stay in registers, for the benchmarks' limit.
   // Returns how many products `rounds` rounds are.
   std::int64_t (*spin)(DType type, std::int64_t rounds);

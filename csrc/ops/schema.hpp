@@ -1,5 +1,6 @@
-// Schemas of all operators, in one place. Implementations: ops.cpp, blockwise.cpp, conv.cpp, int8.cpp
-// (CPU), and python/vramkit/_operators.py for those that allocate or call torch's own products.
+// Schemas of all operators, in one place. Implementations: ops.cpp, blockwise.cpp, conv.cpp,
+// int8.cpp (CPU), and python/vramkit/_operators.py for those that allocate or call torch's own
+// products.
 //
 // A stored weight is passed as its parts (codes, scales, extra), the codebook's table, and `spec`:
 // [family, bits, grain, block, scale type, encoder, zero point], the fields of vramkit::Format.
@@ -21,6 +22,13 @@ inline constexpr const char* kSchemas[] = {
     "str activation, int out_features) -> Tensor",
     "quantize_rows(Tensor x, float threshold) -> (Tensor, Tensor, Tensor)",
     "int8_mm(Tensor a, Tensor b) -> Tensor",
+    // One direction of one recurrent layer (_recurrent.py): x [steps * batch, features] or, with
+    // the
+    // sizes of its steps, packed; [out, h, c], all float32, c empty but of an LSTM.
+    "recurrent_int8(Tensor x, int[]? steps, Tensor h, Tensor? c, Tensor ih_codes, "
+    "Tensor ih_scales, Tensor hh_codes, Tensor hh_scales, Tensor? hr_codes, Tensor? hr_scales, "
+    "Tensor? ih_bias, Tensor? hh_bias, str mode, float threshold, bool reverse) "
+    "-> (Tensor, Tensor, Tensor)",
     // Rows [first, first + count) of a weight seen as [rows, cols].
     "dequantize_rows(Tensor codes, Tensor scales, Tensor? extra, Tensor? table, int[] spec, "
     "SymInt rows, SymInt cols, SymInt first, SymInt count, ScalarType dtype) -> Tensor",
@@ -48,6 +56,10 @@ inline constexpr const char* kSchemas[] = {
     "int activation, Tensor(a!) workspace, Tensor(b!) out) -> ()",
     "_quantize_rows_out(Tensor x, float threshold, Tensor(a!) codes, Tensor(b!) absmax, "
     "Tensor(c!) columns) -> ()",
+    "_recurrent_int8_out(Tensor x, Tensor? steps, Tensor ih_codes, Tensor ih_scales, "
+    "Tensor hh_codes, Tensor hh_scales, Tensor? hr_codes, Tensor? hr_scales, Tensor? ih_bias, "
+    "Tensor? hh_bias, int mode, float threshold, bool reverse, Tensor(a!) h, Tensor(b!) c, "
+    "Tensor(c!) workspace, Tensor(d!) out) -> ()",
     "_int8_mm_out(Tensor a, Tensor b, Tensor(a!) out) -> ()",
     // Blocks of 8-bit codes: how many of `bounds` (255, ascending) lie below x / absmax; blocks
     // of zeros have code 0.

@@ -256,6 +256,10 @@ def workspace_bytes(name: str, args: tuple[Any, ...]) -> int:
         count = x.numel() // x.shape[-1] if x.shape[-1] else 0
         widened = 0 if bias is None or bias.dtype == torch.float32 else 4 * out_features
         return int8_bytes(count, x.shape[-1], threshold) + widened
+    if name == "recurrent_int8":
+        from ._recurrent import workspace_of
+
+        return workspace_of(args)
     if name == "conv":
         from ._convolution import conv_workspace
 

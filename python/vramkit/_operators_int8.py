@@ -17,6 +17,7 @@ from ._operators import _library
 from .formats import get_format
 
 _ops = torch.ops.vramkit
+_linear_int8_out = _ops._linear_int8_out.default
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "silu")
 # Products longer than this could leave int32 (csrc/cpu/int8.hpp).
 LONGEST_ROW = 1 << 17
@@ -43,7 +44,8 @@ def _activation_index(activation: str) -> int:
         ) from None
 
 
-def _consecutive(matrix: Tensor) -> Tensor:
+def consecutive(matrix: Tensor) -> Tensor:
+    """`matrix` with the elements of a row beside each other, as kernels read them."""
     return matrix if matrix.shape[1] <= 1 or matrix.stride(1) == 1 else matrix.contiguous()
 
 
@@ -73,14 +75,16 @@ def run_linear_int8(
         raise ValueError(
             f"int8 products of {cols} columns could overflow int32; at most {LONGEST_ROW} are taken"
         )
-    matrix = _consecutive(x.reshape(-1, cols) if cols else x.reshape(x.shape[:-1].numel(), 0))
+    # Written for few steps: on a small layer each takes as long as some of the arithmetic.
+    matrix = x
+    if x.dim() != 2:
+        matrix = x.reshape(-1, cols) if cols else x.reshape(x.shape[:-1].numel(), 0)
+    matrix = consecutive(matrix)
     rows = matrix.shape[0]
-    out = torch.empty((rows, out_features), dtype=x.dtype, device=x.device)
-    workspace = torch.empty(
-        workspace_bytes(rows, cols, threshold), dtype=torch.uint8, device=x.device
-    )
-    wide = None if bias is None else bias.to(torch.float32)
-    _ops._linear_int8_out(matrix, codes, scales, wide, threshold, index, workspace, out)
+    out = matrix.new_empty((rows, out_features))
+    workspace = codes.new_empty(workspace_bytes(rows, cols, threshold))
+    wide = bias if bias is None or bias.dtype == torch.float32 else bias.to(torch.float32)
+    _linear_int8_out(matrix, codes, scales, wide, threshold, index, workspace, out)
     return out if x.dim() == 2 else out.reshape(*x.shape[:-1], out_features)
 
 
@@ -95,7 +99,7 @@ def _quantize_rows(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]
             f"quantize_rows takes a float32, bfloat16 or float16 matrix, got {x.dtype} "
             f"{list(x.shape)}"
         )
-    matrix = _consecutive(x)
+    matrix = consecutive(x)
     codes = torch.empty(matrix.shape, dtype=torch.int8, device=x.device)
     absmax = torch.empty(matrix.shape[0], dtype=torch.float32, device=x.device)
     columns = torch.empty(matrix.shape[1], dtype=torch.uint8, device=x.device)
@@ -120,7 +124,7 @@ def _int8_mm(a: Tensor, b: Tensor) -> Tensor:
             f"fewer than {LONGEST_ROW} are taken"
         )
     out = torch.empty((a.shape[0], b.shape[0]), dtype=torch.int32, device=a.device)
-    _ops._int8_mm_out(_consecutive(a), _consecutive(b), out)
+    _ops._int8_mm_out(consecutive(a), consecutive(b), out)
     return out
 
 
@@ -190,6 +194,24 @@ torch.library.register_autograd(
 )
 
 
+def unobserved(x: Tensor) -> bool:
+    """Whether a call on `x` may go to its kernel directly, past autograd and the dispatcher.
+
+    Small layers take a few microseconds, as does that way: a plain CPU tensor with no gradient to
+    record, no mode and no compiler that would want to see the call.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and type(x) is Tensor
+        and x.device.type == "cpu"
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._len_torch_function_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch.autograd.forward_ad._current_level < 0
+    )
+
+
 def linear_int8(
     x: Tensor,
     codes: Tensor,
@@ -199,20 +221,8 @@ def linear_int8(
     activation: str,
     out_features: int,
 ) -> Tensor:
-    """`torch.ops.vramkit.linear_int8`, without its dispatch where nothing looks on.
-
-    Small layers take a few microseconds, as does the way through autograd's and the dispatcher's
-    layers: plain CPU tensors with no gradient to record go to the kernel directly.
-    """
-    if (
-        not torch.compiler.is_compiling()
-        and not torch.is_grad_enabled()
-        and type(x) is Tensor
-        and x.device.type == "cpu"
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._len_torch_function_stack()
-        and torch._C._functorch.peek_interpreter_stack() is None
-    ):
+    """`torch.ops.vramkit.linear_int8`, without its dispatch where nothing looks on."""
+    if unobserved(x):
         return run_linear_int8(x, codes, scales, bias, threshold, activation, out_features)
     out: Tensor = _ops.linear_int8(x, codes, scales, bias, threshold, activation, out_features)
     return out

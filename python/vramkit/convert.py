@@ -253,9 +253,9 @@ def convert(
             batches are run once for each group of layers that fits it.
         progress: True for a progress bar, or a function of (bytes done, bytes in all, layer name).
 
-    int8_dynamic and llm_int8 quantize the activations of Linear layers too; embeddings are int8
-    there, other layers stay plain. `get_format("llm_int8").with_threshold(5.0)`, or the name
-    "llm_int8@5.0", sets LLM.int8's outlier threshold (6.0).
+    int8_dynamic and llm_int8 quantize the activations of Linear and recurrent layers too;
+    embeddings are int8 there, other layers stay plain. `get_format("llm_int8")` has a method
+    `with_threshold` for LLM.int8's outlier threshold (6.0), as has the name "llm_int8@5.0".
 
     Every weight is encoded before the first layer changes: after an error or an interrupt the model
     is what it was. Raises NonFiniteWeightError for NaN, infinity or overflow, and ValueError for an

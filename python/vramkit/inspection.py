@@ -98,12 +98,12 @@ def _kernel(layer: QuantizedLayer) -> str:
     isa = _core.active_isa()
     if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
         return f"{isa} row gather"
-    if not isinstance(layer, (nn.Linear, nn.LSTMCell, nn.GRUCell, nn.RNNCell)):
-        return f"{isa} decode + torch"
     if layer.storage_format.activations == "int8_dynamic":
         return f"{isa} int8 rows x int8"
     if layer.storage_format.activations == "llm_int8":
         return f"{isa} int8 rows x int8, columns from {layer.storage_format.threshold:g} in float32"
+    if not isinstance(layer, (nn.Linear, nn.LSTMCell, nn.GRUCell, nn.RNNCell)):
+        return f"{isa} decode + torch"
     if not layer.storage_format.row_separable(layer.weight_shape[-1]):
         return f"{isa} decode + torch"
     rows = fused_rows(layer.compute_dtype)

@@ -67,8 +67,8 @@ FLOAT64_SUM = 2e-12
 # roundings of their quotient.
 FLOAT64_COSINE = 1e-12
 # Two implementations that round the same numbers to the same steps, one of them by way of float16,
-# differ by chance: a relative L2 error over 16 sentences of 384 numbers moved by up to 5 % between
-# such variants of one model.
+# differ by chance. Measured once, on MiniLM and 16 sentences: bitsandbytes' LLM.int8 has a relative
+# L2 error of 0.0387, ours 0.0395, 2 % apart. The rest is room for other processors and versions.
 SAME_ROUNDINGS = 1.05
 
 

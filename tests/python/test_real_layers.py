@@ -11,6 +11,7 @@ import importlib.util
 import os
 import sys
 import types
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,10 +21,10 @@ import numpy as np
 import pytest
 import torch
 import vramkit
-from torch import Tensor
+from torch import Tensor, nn
 
 FORMATS = ["bf16", "fp8", "int8", "int4", "nf4"]
-
+ACTIVATIONS = ["int8_dynamic", "llm_int8"]
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -37,6 +38,15 @@ def real() -> Any:
     finally:
         sys.path.remove(str(ROOT))
     return real_layers
+
+
+def dynamic(model: nn.Module, kinds: set[type[nn.Module]]) -> Any:
+    """torch's own dynamic INT8, which has one scale for a whole tensor."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.ao.quantization.quantize_dynamic(
+            copy.deepcopy(model), kinds, dtype=torch.qint8
+        )
 
 
 @contextmanager
@@ -65,11 +75,12 @@ def tones(count: int, samples: int, rate: int = 16000) -> Tensor:
     return (out + 0.01 * torch.randn(count, samples)) * 10 ** (-30 / 20)  # -30 dBFS
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", FORMATS + ACTIVATIONS)
 def test_voice_encoder(name: str, real: Any) -> None:
     with weights():
         model = real.VoiceEncoder()
         mels = real.speech()
+    theirs = dynamic(model, {nn.LSTM, nn.Linear})
     with torch.no_grad():
         reference = model.utterances(mels)
         report = vramkit.convert(model, name)
@@ -77,11 +88,18 @@ def test_voice_encoder(name: str, real: Any) -> None:
     assert report.coverage_bytes_fraction > 0.99
     error, cosine = real.relative(out, reference), float((out * reference).sum(-1).min())
     print(f"voice encoder {name}: error {error:.5f} least cosine {cosine:.6f}")
+    if name in ACTIVATIONS:
+        assert {layer.format for layer in report.layers} == {name}
+        with torch.no_grad():
+            peer = real.relative(theirs.utterances(mels), reference)
+        print(f"torch's dynamic INT8: error {peer:.5f}")
+        assert error < peer
+        return
     bounds = {"bf16": 0.01, "fp8": 0.12, "int8": 0.16, "int4": 0.7, "nf4": 0.65}
     assert error < bounds[name]
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", FORMATS + ACTIVATIONS)
 def test_speller(name: str, real: Any) -> None:
     with weights():
         model = real.Speller()
@@ -95,6 +113,15 @@ def test_speller(name: str, real: Any) -> None:
         torch.cat([mine[1] for mine, _ in pairs]), torch.cat([theirs[1] for _, theirs in pairs])
     )
     print(f"speller {name}: error {error:.5f} same words {same:.2f}")
+    if name in ACTIVATIONS:
+        theirs = dynamic(plain, {nn.GRU, nn.GRUCell, nn.Linear})
+        with torch.no_grad():
+            first = torch.cat([theirs.spell(word)[1] for word in real.WORDS])
+        peer = real.relative(first, torch.cat([wanted[1] for _, wanted in pairs]))
+        print(f"torch's dynamic INT8: error {peer:.5f}")
+        assert error < peer
+        assert same >= 0.95
+        return
     bounds = {"bf16": 0.01, "fp8": 0.06, "int8": 0.02, "int4": 0.25, "nf4": 0.2}
     least = {"bf16": 0.98, "fp8": 0.85, "int8": 0.95, "int4": 0.5, "nf4": 0.6}
     assert error < bounds[name]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .._operators_int8 import linear_int8
+from .._operators_int8 import linear_int8, run_linear_int8, unobserved
 from .base import QuantizedLayer, autocast_dtype, check_float, in_transform, register_kind
 
 
@@ -25,6 +27,15 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output, [..., out_features]."""
+        fmt = self._stored["weight"].fmt
+        if fmt.activations and unobserved(x) and not torch.is_autocast_enabled("cpu"):
+            # Small layers take a few microseconds: straight to the kernel, past module look-ups.
+            own: dict[str, Any] = self._parameters
+            if x.shape[-1:] == (self.in_features,):
+                return run_linear_int8(
+                    x, own["codes"], own["scales"], own["bias"], fmt.threshold, "none",
+                    self.out_features,
+                )  # fmt: skip
         dtype = autocast_dtype(x)
         if x.dtype != dtype:
             x = x.to(dtype)
@@ -34,7 +45,6 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
                 f"expected input [..., {self.in_features}], got {list(x.shape)} "
                 f"(a converted Linear of {self.in_features} to {self.out_features} features)"
             )
-        fmt = self.storage_format
         if in_transform():
             if fmt.activations:
                 raise NotImplementedError(

@@ -1,8 +1,8 @@
 """nn.LSTM, GRU, RNN and their cells with their weights in storage formats.
 
-A sequence decodes one layer's weights at a time and gives them to torch's own recurrence. A cell
-multiplies from the packed bytes. `QuantizedRNN._run_layer` is where a format that quantizes
-activations takes over.
+A sequence decodes one layer's weights at a time and gives them to torch's own recurrence; in
+formats that quantize activations it runs natively from the stored bytes. A cell multiplies from
+them.
 """
 
 from __future__ import annotations
@@ -15,15 +15,63 @@ from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence
 
 from .._operators import _product_dtype
-from .base import QuantizedLayer, autocast_dtype, check_float, register_kind
+from .._operators_int8 import linear_int8
+from .._recurrent import STEPS, recurrent_int8, step_by_step
+from .base import QuantizedLayer, autocast_dtype, check_float, in_transform, register_kind
 
 
-class QuantizedRNN(QuantizedLayer):
+class _Recurrent(QuantizedLayer):
+    """What sequences and cells share: products with a weight by name, and when all is int8."""
+
+    activation_modes = ("", "int8_dynamic", "llm_int8")
+
+    def _rounds(self) -> bool:
+        """Whether activations of any of its products are quantized; refuses what cannot be."""
+        rounding = [s.fmt.name for s in self._stored.values() if s.fmt.activations]
+        if rounding and in_transform():
+            raise NotImplementedError(
+                f"{rounding[0]} rounds activations, which torch.func and forward-mode derivatives "
+                "cannot follow; vramkit.restore the layer or convert it to int8"
+            )
+        return bool(rounding)
+
+    def _int8_parts(self, names: list[str]) -> tuple[list[Tensor], float] | None:
+        """Codes and scales of these weights in turn, and their threshold; None if they differ."""
+        if not all(name in self._stored for name in names):
+            return None
+        formats = [self._stored[name].fmt for name in names]
+        modes = {(fmt.activations, fmt.threshold) for fmt in formats}
+        if len(modes) != 1 or not formats[0].activations:
+            return None
+        parts = [self.stored_part(name, part) for name in names for part in ("codes", "scales")]
+        return parts, formats[0].threshold
+
+    def _product(self, x: Tensor, name: str, bias: Tensor | None) -> Tensor:
+        bias = None if bias is None else bias.to(x.dtype)
+        if name not in self._stored:
+            return functional.linear(x, getattr(self, name).to(x.dtype), bias)
+        parts = self.parts_of(name)
+        if parts.fmt.activations:
+            return linear_int8(
+                x, parts.codes, parts.scales, bias, parts.fmt.threshold, "none", parts.shape[0]
+            )
+        if parts.fmt.storage_dtype == x.dtype == _product_dtype(x):
+            return functional.linear(x, parts.codes.view(x.dtype), bias)
+        out: Tensor = torch.ops.vramkit.linear(
+            x, *parts.arguments, bias, parts.fmt.spec, parts.shape[0]
+        )
+        return out
+
+
+class QuantizedRNN(_Recurrent):
     """Mixin of converted nn.LSTM, nn.GRU and nn.RNN: same inputs, outputs and options.
 
     Inputs are float32, bfloat16 or float16 (or packed sequences of them); outputs and states have
     the input's dtype, or autocast's where it is on. Gradients flow to inputs, initial states and
-    biases; until the backward pass of a training step the decoded weights are kept.
+    biases; until the backward pass of a training step the decoded weights are kept. In formats with
+    activations (int8_dynamic, llm_int8) the rows of x and of every state are quantized, products
+    are exact int32 and all else float32; gradients then pass straight through the rounding, and the
+    backward pass computes the steps again.
     """
 
     mode: str
@@ -52,7 +100,9 @@ class QuantizedRNN(QuantizedLayer):
         states = self._states(x, hx, sizes, order, batched, dtype)
         if not packed and self.batch_first:
             x = x.transpose(0, 1)
-        work = _product_dtype(x.to(dtype) if x.dtype != dtype else x)
+        work = torch.float32
+        if not self._rounds():
+            work = _product_dtype(x.to(dtype) if x.dtype != dtype else x)
         out: Any
         out, finals = self._run(x.to(work), [s.to(work) for s in states], sizes)
         out, finals = out.to(dtype), [s.to(dtype) for s in finals]
@@ -123,7 +173,9 @@ class QuantizedRNN(QuantizedLayer):
     def _run_layer(
         self, x: Tensor, states: list[Tensor], sizes: Tensor | None, names: list[str]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """One layer (both directions). Formats with activation modes would be dispatched here."""
+        """One layer, both directions."""
+        if any(name in self._stored and self._stored[name].fmt.activations for name in names):
+            return self._run_directions(x, states, sizes, names)
         weights = [self._plain(name, x.dtype) for name in names]
         state = tuple(states) if self.mode == "LSTM" else states[0]
         run = getattr(_VF, self.mode.lower())
@@ -133,6 +185,49 @@ class QuantizedRNN(QuantizedLayer):
         else:
             out, *last = run(x, state, *options, False)
         return out, tuple(last)
+
+    def _run_directions(
+        self, x: Tensor, states: list[Tensor], sizes: Tensor | None, names: list[str]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The same where products quantize their inputs, in float32."""
+        flat = x.reshape(-1, x.shape[-1])
+        steps = None if sizes is None else sizes.tolist()
+        each = len(names) // states[0].shape[0]
+        outs, finals = [], []
+        for index in range(states[0].shape[0]):
+            mine = {n.rsplit("_l", 1)[0]: n for n in names[index * each : (index + 1) * each]}
+            given = [state[index] for state in states]
+            out, last = self._run_direction(flat, given, steps, mine, reverse=index == 1)
+            outs.append(out)
+            finals.append(last)
+        out = outs[0] if len(outs) == 1 else torch.cat(outs, -1)
+        stacked = tuple(torch.stack(pair) for pair in zip(*finals, strict=True))
+        return out.reshape(*x.shape[:-1], out.shape[-1]), stacked
+
+    def _run_direction(
+        self,
+        x: Tensor,
+        states: list[Tensor],
+        steps: list[int] | None,
+        names: dict[str, str],
+        reverse: bool,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """One direction; `names` by what they are: weight_ih, weight_hh, weight_hr and biases."""
+        weights = [names[n] for n in ("weight_ih", "weight_hh", "weight_hr") if n in names]
+        biases = [getattr(self, names[n]) if n in names else None for n in ("bias_ih", "bias_hh")]
+        found = self._int8_parts(weights)
+        if found is not None:
+            parts, threshold = found
+            return _run_int8(self.mode, x, steps, states, parts, biases, threshold, reverse)
+        if steps is None:
+            batch = states[0].shape[0]
+            steps = [batch] * (x.shape[0] // max(1, batch))
+        products = (
+            lambda rows: self._product(rows, weights[0], biases[0]),
+            lambda rows: self._product(rows, weights[1], biases[1]),
+            (lambda rows: self._product(rows, weights[2], None)) if len(weights) == 3 else None,
+        )
+        return step_by_step(self.mode, x, steps, states, products, reverse)
 
     def _plain(self, name: str, dtype: torch.dtype) -> Tensor:
         if name in self._stored:
@@ -174,7 +269,7 @@ class QuantizedElmanRNN(QuantizedRNN, nn.RNN):
     """A converted nn.RNN; see `QuantizedRNN`."""
 
 
-class QuantizedCell(QuantizedLayer):
+class QuantizedCell(_Recurrent):
     """Mixin of converted nn.LSTMCell, nn.GRUCell and nn.RNNCell: one step from packed weights."""
 
     input_size: int
@@ -202,52 +297,56 @@ class QuantizedCell(QuantizedLayer):
         for state in states:
             if tuple(state.shape) != shape:
                 raise RuntimeError(f"expected a state of shape {shape}, got {tuple(state.shape)}")
+        found = self._int8_parts(["weight_ih", "weight_hh"]) if self._rounds() else None
+        if found is not None:
+            rows = [value.float().reshape(-1, value.shape[-1]) for value in (x, *states)]
+            biases = [self.bias_ih, self.bias_hh]
+            _, made = _run_int8(self._mode(), rows[0], None, rows[1:], found[0], biases, found[1])
+            done = tuple(state.reshape(shape).to(dtype) for state in made)
+            return done if pair else done[0]
         # The arithmetic between the products is float32's, as in torch's kernels.
         from_x = self._product(x, "weight_ih", self.bias_ih).float()
         from_h = self._product(states[0], "weight_hh", self.bias_hh).float()
-        made = self._step(from_x, from_h, [state.float() for state in states])
+        made = STEPS[self._mode()](from_x, from_h, [state.float() for state in states])
         done = tuple(state.to(dtype) for state in made)
         return done if pair else done[0]
 
-    def _product(self, x: Tensor, name: str, bias: Tensor | None) -> Tensor:
-        bias = None if bias is None else bias.to(x.dtype)
-        if name not in self._stored:
-            return functional.linear(x, getattr(self, name).to(x.dtype), bias)
-        parts = self.parts_of(name)
-        if parts.fmt.storage_dtype == x.dtype == _product_dtype(x):
-            return functional.linear(x, parts.codes.view(x.dtype), bias)
-        out: Tensor = torch.ops.vramkit.linear(
-            x, *parts.arguments, bias, parts.fmt.spec, parts.shape[0]
-        )
-        return out
-
-    def _step(self, x: Tensor, h: Tensor, states: list[Tensor]) -> tuple[Tensor, ...]:
-        raise NotImplementedError
+    def _mode(self) -> str:
+        if isinstance(self, nn.LSTMCell):
+            return "LSTM"
+        if isinstance(self, nn.GRUCell):
+            return "GRU"
+        kind: Any = self
+        return f"RNN_{kind.nonlinearity.upper()}"
 
 
 class QuantizedLSTMCell(QuantizedCell, nn.LSTMCell):
     """A converted nn.LSTMCell; see `QuantizedCell`."""
 
-    def _step(self, x: Tensor, h: Tensor, states: list[Tensor]) -> tuple[Tensor, ...]:
-        enter, keep, new, leave = (x + h).chunk(4, -1)
-        cell = keep.sigmoid() * states[1] + enter.sigmoid() * new.tanh()
-        return leave.sigmoid() * cell.tanh(), cell
-
 
 class QuantizedGRUCell(QuantizedCell, nn.GRUCell):
     """A converted nn.GRUCell; see `QuantizedCell`."""
-
-    def _step(self, x: Tensor, h: Tensor, states: list[Tensor]) -> tuple[Tensor, ...]:
-        (reset_x, keep_x, new_x), (reset_h, keep_h, new_h) = x.chunk(3, -1), h.chunk(3, -1)
-        new = (new_x + (reset_x + reset_h).sigmoid() * new_h).tanh()
-        return (new + (keep_x + keep_h).sigmoid() * (states[0] - new),)
 
 
 class QuantizedRNNCell(QuantizedCell, nn.RNNCell):
     """A converted nn.RNNCell; see `QuantizedCell`."""
 
-    def _step(self, x: Tensor, h: Tensor, states: list[Tensor]) -> tuple[Tensor, ...]:
-        return ((x + h).tanh() if self.nonlinearity == "tanh" else (x + h).relu(),)
+
+def _run_int8(
+    mode: str,
+    x: Tensor,
+    steps: list[int] | None,
+    states: list[Tensor],
+    parts: list[Tensor],
+    biases: list[Any],
+    threshold: float,
+    reverse: bool = False,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The native recurrence; `parts` are codes and scales of ih, of hh and of a projection."""
+    padded = [*parts, *(None,) * (6 - len(parts))]
+    both = [*states, *(None,) * (2 - len(states))]
+    out, h, c = recurrent_int8(x, steps, *both, *padded, *biases, mode, threshold, reverse)
+    return out, ((h, c) if len(states) == 2 else (h,))
 
 
 for _base, _mixin in (
