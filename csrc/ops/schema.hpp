@@ -1,5 +1,6 @@
-// Schemas of all operators, in one place. Implementations: ops.cpp, blockwise.cpp, conv.cpp, int8.cpp
-// (CPU), and python/vramkit/_operators.py for those that allocate or call torch's own products.
+// Schemas of all operators, in one place. Implementations: ops.cpp, blockwise.cpp, conv.cpp,
+// int8.cpp (CPU), and python/vramkit/_operators.py for those that allocate or call torch's own
+// products.
 //
 // A stored weight is passed as its parts (codes, scales, extra), the codebook's table, and `spec`:
 // [family, bits, grain, block, scale type, encoder, zero point], the fields of vramkit::Format.
