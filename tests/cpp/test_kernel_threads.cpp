@@ -68,7 +68,7 @@ TEST_P(KernelThreads, DecodeAndMultiplyToTheSameBits) {
     keep_finite(stored);
     for (const DType type : kTypes) {
       const std::int64_t size = size_of(type);
-      Buffer expected(kRows * cols * size), got(kRows * cols * size, 1);
+      Buffer expected(kRows * cols * size), got(kRows * cols * size);
       kernels().dequantize(stored.weight, 0, kRows, expected.data(), type, cols);
       in_parallel(kRows, [&](std::int64_t begin, std::int64_t end) {
         kernels().dequantize(stored.weight, begin, end, got.data() + begin * cols * size, type,
@@ -77,7 +77,7 @@ TEST_P(KernelThreads, DecodeAndMultiplyToTheSameBits) {
       EXPECT_TRUE(expected == got) << cols;
       for (const std::int64_t count : {1, 5, 11}) {
         const Matrix x = make_matrix(Content::normal, format(), count, cols, type, 0, random);
-        Buffer sums(count * kRows * size), apart(count * kRows * size, 1);
+        Buffer sums(count * kRows * size), apart(count * kRows * size);
         const auto multiply = [&](const Buffer& out, std::int64_t begin, std::int64_t end) {
           kernels().linear(stored.weight, x.bytes.data(), type, count, cols, nullptr, out.data(),
                            kRows, begin, end);

@@ -228,6 +228,26 @@ def test_ties_across_kinds_of_layers(tmp_path: Path) -> None:
     assert model.two._flat_weights[1] is model.one.weight_hh_l0
 
 
+@pytest.mark.parametrize("kind", ["matrix_exp", "cayley", "householder"])
+@pytest.mark.parametrize("features", [(20, 24), (24, 20), (24, 24)], ids=str)
+def test_folding_orthogonal(kind: str, features: tuple[int, int]) -> None:
+    orthogonal = nn.utils.parametrizations.orthogonal
+    model = nn.Sequential(
+        orthogonal(nn.Linear(*features), orthogonal_map=kind),
+        nn.Unflatten(1, (1, features[1])),
+        orthogonal(nn.Conv1d(1, 8, 5), orthogonal_map=kind),
+    )
+    x = torch.randn(3, features[0])
+    with torch.no_grad():
+        expected = model(x)
+        estimated = vramkit.estimate(model, "bf16").weights_bytes
+        report = vramkit.convert(model, "bf16")
+        assert [name for name, _ in report.folded] == ["0", "2"]
+        assert estimated == report.bytes
+        # Two weights, each off by at most 2^-9 of itself.
+        assert float((model(x) - expected).norm() / expected.norm()) < 2.0**-7
+
+
 @pytest.mark.parametrize(
     "norm",
     [
