@@ -68,17 +68,17 @@ void pack_panel(const std::int8_t* w, std::int64_t w_stride, std::int64_t cols, 
   }
 }
 
-// M rows of x times N vectors of the panel: sums[m][n] (+)= x[m] . w[n], in row-major order.
+// M rows of x times N vectors of the panel: sums[m][n] = x[m] . w[n], in row-major order.
 template <int M, int N>
 [[gnu::noinline]] void int8_packed_tile(const std::int8_t* x, std::int64_t x_stride,
-                                        const std::uint8_t* panel, std::int64_t depth, bool add,
+                                        const std::uint8_t* panel, std::int64_t depth,
                                         std::int32_t* sums) {
   __m512i acc[M][N];
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
-      acc[m][n] = add ? _mm512_loadu_si512(sums + m * kPanelCols + n * 16) : _mm512_setzero_si512();
+      acc[m][n] = _mm512_setzero_si512();
     }
   }
   const auto step = [&](const std::uint8_t* w, auto four) __attribute__((always_inline)) {
@@ -118,9 +118,9 @@ template <int M, int N>
 
 template <int N>
 void int8_packed_rows(const std::int8_t* x, std::int64_t x_stride, std::int64_t rows,
-                      const std::uint8_t* panel, std::int64_t depth, bool add, std::int32_t* sums) {
+                      const std::uint8_t* panel, std::int64_t depth, std::int32_t* sums) {
   const auto tile = [&]<int M>() {
-    int8_packed_tile<M, N>(x, x_stride, panel, depth, add, sums);
+    int8_packed_tile<M, N>(x, x_stride, panel, depth, sums);
     x += M * x_stride;
     sums += M * kPanelCols;
     rows -= M;
@@ -153,36 +153,30 @@ struct Packing {
   using Panel = Int8Panel;
 
   // Whether it is faster than products in place. Measured, in units of the bare products: that
-  // takes 1 + 184 / cols of them, this 1.03 + 43 / cols + 7.3 / rows.
+  // takes 1 + 184 / cols of them, this 1.03 + 43 / cols + 7.3 / rows. A panel is never too short
+  // for such rows: kInt8ChunkRows of them pay up to 1615 columns.
   static bool pays(std::int64_t rows, std::int64_t cols) {
-    return rows * (4700 - cols) > 243 * cols;
+    return cols <= kInt8Depth && rows * (4700 - cols) > 243 * cols;
   }
 
   // sums[i][n] of rows [row, row + rows) of x and rows [col, col + cols) of the weight, kPanelCols
   // to a row, without the correction by Dot::bias.
   static void sums(const Int8Product& job, std::int64_t row, std::int64_t rows, std::int64_t col,
                    std::int64_t cols, Panel& panel, std::int32_t* sums) {
-    for (std::int64_t first = 0; first == 0 || first < job.cols; first += kInt8Depth) {
-      const std::int64_t depth = smaller(kInt8Depth, job.cols - first);
-      const std::int8_t* w = job.weight + col * job.weight_stride + first;
-      pack_panel(w, job.weight_stride, cols, depth, panel);
-      const std::int8_t* x = job.x + first / kInt8Depth * job.x_block + row * job.x_stride;
-      const auto run = [&]<int N>() {
-        int8_packed_rows<N>(x, job.x_stride, rows, panel.bytes, depth, first > 0, sums);
-      };
-      switch ((cols + 15) / 16) {
-        case 1:
-          run.template operator()<1>();
-          break;
-        case 2:
-          run.template operator()<2>();
-          break;
-        case 3:
-          run.template operator()<3>();
-          break;
-        default:
-          run.template operator()<4>();
-      }
+    pack_panel(job.weight + col * job.weight_stride, job.weight_stride, cols, job.cols, panel);
+    const std::int8_t* x = job.x + row * job.x_stride;
+    const auto run = [&]<int N>() {
+      int8_packed_rows<N>(x, job.x_stride, rows, panel.bytes, job.cols, sums);
+    };
+    switch ((cols + 15) / 16) {
+      case 1:
+        return run.template operator()<1>();
+      case 2:
+        return run.template operator()<2>();
+      case 3:
+        return run.template operator()<3>();
+      default:
+        return run.template operator()<4>();
     }
   }
 };
