@@ -50,21 +50,16 @@ def budget(model: nn.Module, bits: float = BITS) -> str:
     return f"{kept + int(count * bits / 8)} B"
 
 
-def _replaced(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
+def _replaced(model: nn.Module, change: Callable[[Tensor], Tensor]) -> tuple[nn.Module, float]:
+    """The model with changed weights, and the relative L2 error of all weights together."""
     model = copy.deepcopy(model)
-    for module in linears(model).values():
-        module.weight.data = change(module.weight.data)
-    return model
-
-
-def _weight_error(model: nn.Module, change: Callable[[Tensor], Tensor]) -> float:
-    """Relative L2 of all weights together."""
     noise = signal = 0.0
     for module in linears(model).values():
-        weight = module.weight.data
-        noise += float((change(weight) - weight).double().square().sum())
-        signal += float(weight.double().square().sum())
-    return (noise / signal) ** 0.5
+        before = module.weight.data
+        module.weight.data = change(before)
+        noise += float((module.weight.data - before).square().sum(dtype=torch.float64))
+        signal += float(before.square().sum(dtype=torch.float64))
+    return model, (noise / signal) ** 0.5
 
 
 def _stored_bits(model: nn.Module, peer: Peer) -> float:
@@ -91,17 +86,17 @@ class _Table:
     def peers(self) -> None:
         for label, peer in PEERS.items():
             try:
-                error = _weight_error(self.model, peer.decoded)
+                model, error = _replaced(self.model, peer.decoded)
             except (ImportError, RuntimeError) as reason:  # absent, or not for this torch
                 print(f"{label:34}not measured: {reason}")
                 continue
-            found = self.measure(_replaced(self.model, peer.decoded))
             bits = _stored_bits(self.model, peer)
-            self.record(label, {"bits_per_weight": bits, "weight_error": error} | found)
+            row = {"bits_per_weight": bits, "weight_error": error}
+            self.record(label, row | self.measure(model))
 
     def ours(self, name: str, *, calibrated: bool = True) -> None:
         fmt = vramkit.get_format(name)
-        error = _weight_error(self.model, lambda w: encode(w, fmt).dense(torch.float32))
+        _, error = _replaced(self.model, lambda w: encode(w, fmt).dense(torch.float32))
         self.converted(name, name, None, {"weight_error": error})
         if calibrated:
             self.converted(f"{name}, calibrated", name, self.calibration)
@@ -141,18 +136,23 @@ def _no_worse(rows: dict[str, dict[str, float]], model: str, missed: list[str]) 
             )
 
 
-def minilm_calibration(embedder: nn.Module, tokenizer: Any) -> vramkit.Calibration:
+def minilm_calibration(
+    embedder: nn.Module, tokenizer: Any, count: int = SENTENCES_USED
+) -> vramkit.Calibration:
     """MiniLM's inputs on sentences that are none of the judge's."""
-    texts = real_models.sentences()[:SENTENCES_USED]
+    texts = real_models.sentences()[:count]
     batches = real_models.sentence_batches(tokenizer, texts)
     return vramkit.Calibration.collect(embedder, batches)
 
 
 def minilm_plan(
-    embedder: nn.Module, tokenizer: Any, calibration: vramkit.Calibration
+    embedder: nn.Module,
+    tokenizer: Any,
+    calibration: vramkit.Calibration,
+    count: int = SENTENCES_PLANNED,
 ) -> vramkit.Plan:
     """Formats for MiniLM's Linears within `BITS`, by some of the calibration's sentences."""
-    texts = real_models.sentences()[:SENTENCES_PLANNED]
+    texts = real_models.sentences()[:count]
     return vramkit.plan(
         embedder,
         budget(embedder),
