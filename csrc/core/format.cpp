@@ -79,8 +79,9 @@ std::vector<NamedFormat> make_builtin() {
   cast("bf16", Encoder::bf16);
   rows8("fp8", Family::codebook, Encoder::e4m3, small_float_table(e4m3_to_float));
   rows8("fp8_e5m2", Family::codebook, Encoder::e5m2, small_float_table(e5m2_to_float));
-  rows8("int8", Family::affine, Encoder::symmetric, {});
+  rows8("int8", Family::affine, Encoder::searched, {});
   int4("int4", 128);
+  int4("int4_g96", 96);
   int4("int4_g64", 64);
   int4("int4_g32", 32);
   int4("int4_g16", 16);
@@ -181,9 +182,9 @@ void Format::validate() const {
     case Family::affine:
       require(bits == 4 || bits == 8, "affine codes have 4 or 8 bits");
       require(has_scale, "affine codes need scales");
-      require(bits == 8 ? encoder == Encoder::symmetric && !zero_point
-                        : encoder == Encoder::searched && zero_point,
-              "8-bit affine codes are symmetric, 4-bit ones have a zero point");
+      require(encoder == Encoder::searched || (bits == 8 && encoder == Encoder::symmetric),
+              "affine scales are searched, 8-bit ones may be those of the largest magnitude");
+      require(zero_point == (bits == 4), "4-bit affine codes have a zero point, 8-bit ones none");
       break;
   }
   require(grain != Grain::flat || block % 2 == 0, "flat blocks have an even size");

@@ -45,7 +45,7 @@ enum class Encoder : std::int64_t {
   fp16 = 3,  // to nearest even
   bf16 = 4,
   symmetric = 5,  // rint(x * (127 / absmax))
-  searched = 6,   // zero point and scale that minimize the squared error of the group
+  searched = 6,   // scale, and zero point of 4 bits, that minimize the squared error of the group
 };
 
 inline constexpr std::int64_t kNestedBlock = 256;  // scales that share one nested absmax
@@ -96,8 +96,8 @@ struct NamedFormat {
   Format format;
 };
 
-// The formats that are always there, by name: fp16 bf16 fp8 fp8_e5m2 int8 int4 int4_g64 int4_g32
-// int4_g16 nf4 nf4_dq fp4.
+// The formats that are always there, by name: fp16 bf16 fp8 fp8_e5m2 int8 int4 int4_g96 int4_g64
+// int4_g32 int4_g16 nf4 nf4_dq fp4.
 std::span<const NamedFormat> builtin_formats();
 const Format& builtin_format(const std::string& name);  // throws InvalidArgument
 

@@ -25,6 +25,12 @@ namespace {
   return scale < FLT_MIN ? 0.0f : 1.0f / scale;
 }
 
+// What the searches for scales try. More of it gains little (docs/calibration.md).
+inline constexpr int kAffine4Steps = 14, kAffine4Refits = 3;
+inline constexpr float kAffine4Step = 0.03f;
+inline constexpr float kScale8Ratios[][4] = {{1.0f, 0.995f, 0.99f, 0.985f},
+                                             {0.98f, 0.975f, 1.005f, 1.01f}};
+
 // Nearest integer, ties to even, for |x| < 2^22: adding 1.5 * 2^23 leaves no fraction bits. Unlike
 // nearbyint, compilers vectorize it without giving up strict arithmetic.
 [[maybe_unused]] inline float round_even(float x) { return (x + 12582912.0f) - 12582912.0f; }
@@ -45,78 +51,156 @@ struct Affine4 {
   return static_cast<std::uint32_t>(affine4_level(x, fit.factor, static_cast<float>(fit.zero)));
 }
 
-struct Affine4Score {
-  float error = 0.0f;    // sum of squared errors
-  float product = 0.0f;  // sum of x * (code - zero)
-  float power = 0.0f;    // sum of (code - zero)^2
+// Scales to try: x * factor is rounded to the levels, the integers from `low` to `high`, zero being
+// one of them.
+template <int C>
+struct LevelGrid {
+  float factor[C], low[C], high[C];
 };
 
-// Sums run in 16 lanes that are added in a fixed order, whatever the vector width.
-[[maybe_unused]] inline Affine4Score score_affine4(const float* x, std::int64_t count, float scale,
-                                                   float factor, float zero) {
-  constexpr int lanes = 16;
-  float error[lanes] = {}, product[lanes] = {}, power[lanes] = {};
-  auto add = [&](std::int64_t i, int lane) {
-    const float level = affine4_level(x[i], factor, zero) - zero;
-    const float miss = x[i] - level * scale;
-    error[lane] += miss * miss;
-    product[lane] += x[i] * level;
-    power[lane] += level * level;
-  };
-  std::int64_t i = 0;
-  for (; i + lanes <= count; i += lanes) {
-    for (int lane = 0; lane < lanes; ++lane) add(i + lane, lane);
-  }
-  for (int lane = 0; i < count; ++i, ++lane) add(i, lane);
-  for (int half = lanes / 2; half > 0; half /= 2) {
-    for (int lane = 0; lane < half; ++lane) {
-      error[lane] += error[lane + half];
-      product[lane] += product[lane + half];
-      power[lane] += power[lane + half];
-    }
-  }
-  return {error[0], product[0], power[0]};
+[[maybe_unused]] inline float level_of(float y, float low, float high) {
+  return round_even(std::min(std::max(y, low), high));
 }
 
-// Minimizes the squared error of a group of finite values between `low` and `high`: clips the range
-// in steps, takes the best, then alternates between the least-squares scale for fixed codes and new
-// codes, with the neighbouring zero points tried. score(scale, factor, zero) is score_affine4 of
-// the group, or the same sums in the same order by other instructions.
-template <class Score>
-Affine4 search_affine4(float low, float high, const Score& score_of) {
-  constexpr int clip_steps = 13;
-  constexpr float clip_step = 0.025f;
+// What the searches below ask of a group of numbers. Sums run in 16 lanes that are added in a fixed
+// order, whatever the vector width; units have the same sums by other instructions.
+class LevelScorer {
+ public:
+  LevelScorer(const float* x, std::int64_t count) : x_(x), count_(count) {}
+
+  // The squared distances from the levels, in units of the scale, for each choice of the grid.
+  template <int C>
+  void misses(const LevelGrid<C>& grid, float* out) const {
+    for (int c = 0; c < C; ++c) {
+      out[c] = sum([&](float x) {
+        const float y = x * grid.factor[c];
+        const float miss = y - level_of(y, grid.low[c], grid.high[c]);
+        return miss * miss;
+      });
+    }
+  }
+
+  // The scale that fits the levels of this choice best, by least squares, in units of its own.
+  float refit(const LevelGrid<1>& at) const {
+    const auto level = [&](float y) { return level_of(y, at.low[0], at.high[0]); };
+    const float product = sum([&](float x) {
+      const float y = x * at.factor[0];
+      return y * level(y);
+    });
+    const float power = sum([&](float x) {
+      const float found = level(x * at.factor[0]);
+      return found * found;
+    });
+    return product / power;
+  }
+
+ private:
+  template <class Term>
+  float sum(const Term& term) const {
+    constexpr int lanes = 16;
+    float sums[lanes] = {};
+    std::int64_t i = 0;
+    for (; i + lanes <= count_; i += lanes) {
+      for (int lane = 0; lane < lanes; ++lane) sums[lane] += term(x_[i + lane]);
+    }
+    for (int lane = 0; i < count_; ++i, ++lane) sums[lane] += term(x_[i]);
+    for (int half = lanes / 2; half > 0; half /= 2) {
+      for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
+    }
+    return sums[0];
+  }
+
+  const float* x_;
+  std::int64_t count_;
+};
+
+// Minimizes the squared error of a group of finite values between `low` and `high`: the full range
+// is narrowed in steps, each with three zero points; the best choice is then refined by turns of
+// the least-squares scale for its codes, and new codes under that scale. Scorer: LevelScorer, or
+// the same sums by other instructions.
+template <class Scorer>
+Affine4 search_affine4(float low, float high, const Scorer& scorer) {
+  constexpr int steps = kAffine4Steps;
+  constexpr float step_size = kAffine4Step;
+  constexpr float smallest = 5.9604645e-8f;  // float16's: it keeps tiny groups from losing theirs
   Affine4 best{.scale = 0x3c00, .zero = 0, .factor = 1.0f};
-  float least = -1.0f;
-  Affine4Score best_score;
-  auto attempt = [&](float wanted_scale, float zero) {
-    const std::uint16_t bits = float_to_fp16(wanted_scale);
-    const float scale = fp16_to_float(bits);
-    if (!(scale > 0.0f) || std::isinf(scale)) return;
-    const float factor = 1.0f / scale;
-    zero = std::min(std::max(zero, 0.0f), 255.0f);
-    const Affine4Score score = score_of(scale, factor, zero);
-    if (least >= 0.0f && score.error >= least) return;
-    least = score.error;
-    best_score = score;
-    best = {.scale = bits, .zero = static_cast<std::uint8_t>(zero), .factor = factor};
-  };
-  // Zero must be representable: the zero point is an integer from 0 to 255.
+  // Zero must be representable: the zero point is one of the levels.
   const float from = std::min(low, 0.0f), to = std::max(high, 0.0f);
   if (from == to) return best;
   // Past what a float16 scale can hold: reported like an infinite weight.
   if ((to - from) / 15.0f > 65504.0f) return {.scale = 0x7e00, .zero = 0, .factor = 0.0f};
-  for (int step = 0; step < clip_steps; ++step) {
-    const float keep = 1.0f - clip_step * static_cast<float>(step);
-    // The smallest float16 above zero keeps very small groups from losing their scale.
-    const float scale = std::max((to - from) * keep / 15.0f, 5.9604645e-8f);
-    attempt(scale, round_even(std::min(-from * keep / scale, 255.0f)));
+  const float widest = std::max((to - from) / 15.0f, smallest);
+  float least = -1.0f;
+  // Zero points `middle` and its neighbours; returns whether one of them is better.
+  auto attempt = [&](float wanted_scale, float middle) {
+    const std::uint16_t bits = float_to_fp16(wanted_scale);
+    const float scale = fp16_to_float(bits);
+    if (!(scale > 0.0f) || std::isinf(scale)) return false;
+    const float factor = 1.0f / scale;
+    LevelGrid<3> grid;
+    for (int c = 0; c < 3; ++c) {
+      const float zero = middle + static_cast<float>(c - 1);
+      grid.factor[c] = factor;
+      grid.low[c] = -zero;
+      grid.high[c] = 15.0f - zero;
+    }
+    float misses[3];
+    scorer.misses(grid, misses);
+    bool better = false;
+    for (const int c : {1, 0, 2}) {
+      const float error = scale * scale * misses[c];
+      if (grid.low[c] > 0.0f || grid.high[c] < 0.0f || (least >= 0.0f && error >= least)) continue;
+      least = error;
+      best = {.scale = bits, .zero = static_cast<std::uint8_t>(-grid.low[c]), .factor = factor};
+      better = true;
+    }
+    return better;
+  };
+  const float middle = round_even(-from / widest);
+  for (int step = 0; step < steps; ++step) {
+    attempt(widest * (1.0f - step_size * static_cast<float>(step)), middle);
   }
-  for (int round = 0; round < 2 && best_score.power > 0.0f; ++round) {
-    const float scale = best_score.product / best_score.power;
+  for (int round = 0; round < kAffine4Refits; ++round) {
     const auto zero = static_cast<float>(best.zero);
-    for (const float shift : {0.0f, -1.0f, 1.0f}) attempt(scale, zero + shift);
+    const float ratio = scorer.refit({{best.factor}, {-zero}, {15.0f - zero}});
+    if (!attempt(fp16_to_float(best.scale) * ratio, zero)) break;
   }
+  return best;
+}
+
+// Scale of one int8 row, value = code * scale.
+struct Scale8 {
+  float scale = 0.0f, factor = 0.0f;
+};
+
+// Minimizes the squared error of finite values with the largest magnitude `absmax`: scales around
+// the one that just holds it, then the least-squares scale for the best one's codes.
+template <class Scorer>
+Scale8 search_scale8(float absmax, const Scorer& scorer) {
+  const Scale8 plain{.scale = absmax / 127.0f, .factor = encode_factor(absmax, 127.0f)};
+  if (absmax < 1e-30f) return plain;  // zeros, or scales that have lost bits
+  Scale8 best = plain;
+  float least = -1.0f;
+  const auto attempt = [&]<int C>(const float(&ratios)[C]) {
+    LevelGrid<C> grid;
+    float scales[C], misses[C];
+    for (int c = 0; c < C; ++c) {
+      scales[c] = plain.scale * ratios[c];
+      grid.factor[c] = ratios[c] == 1.0f ? plain.factor : 1.0f / scales[c];
+      grid.low[c] = -127.0f;
+      grid.high[c] = 127.0f;
+    }
+    scorer.misses(grid, misses);
+    for (int c = 0; c < C; ++c) {
+      const float error = ratios[c] * ratios[c] * misses[c];
+      if (least >= 0.0f && error >= least) continue;
+      least = error;
+      best = {.scale = scales[c], .factor = grid.factor[c]};
+    }
+  };
+  for (const auto& ratios : kScale8Ratios) attempt(ratios);
+  const float ratio = best.scale / plain.scale * scorer.refit({{best.factor}, {-127.0f}, {127.0f}});
+  attempt({ratio});
   return best;
 }
 

@@ -118,11 +118,9 @@ void encode_group(const Format& format, const SortedTable& sorted, const float* 
     for (std::int64_t i = 0; i < count; ++i) write_code(codes, format.bits, first + i, 0);
     return;
   }
-  if (format.encoder == Encoder::searched) {
+  if (format.encoder == Encoder::searched && format.bits == 4) {
     const auto [low, high] = std::minmax_element(x, x + count);
-    const Affine4 fit = search_affine4(*low, *high, [&](float scale, float factor, float zero) {
-      return score_affine4(x, count, scale, factor, zero);
-    });
+    const Affine4 fit = search_affine4(*low, *high, LevelScorer(x, count));
     write<std::uint16_t>(scales, group, fit.scale);
     extra[group] = fit.zero;
     for (std::int64_t i = 0; i < count; ++i) {
@@ -131,10 +129,11 @@ void encode_group(const Format& format, const SortedTable& sorted, const float* 
     return;
   }
   const float most = code_max(format);
-  write<float>(scales, group, most == 1.0f ? absmax : absmax / most);
-  const float inverse = encode_factor(absmax, most);
+  Scale8 fit{.scale = most == 1.0f ? absmax : absmax / most, .factor = encode_factor(absmax, most)};
+  if (format.encoder == Encoder::searched) fit = search_scale8(absmax, LevelScorer(x, count));
+  write<float>(scales, group, fit.scale);
   for (std::int64_t i = 0; i < count; ++i) {
-    const std::uint32_t code = scaled_code(format, sorted, x[i] * inverse);
+    const std::uint32_t code = scaled_code(format, sorted, x[i] * fit.factor);
     write_code(codes, format.bits, first + i, code);
   }
 }
@@ -255,7 +254,7 @@ void feedback(const Feedback& job, std::int64_t begin, std::int64_t end) {
       add(first, k);
       if (job.resume) add(k + 1, last);
       const float factor = inverse_scale(job.scales[at(col)]);
-      if (format.encoder == Encoder::searched) {
+      if (format.zero_point) {
         codes[col] = static_cast<std::uint8_t>(affine4_level(target, factor, job.zeros[at(col)]));
       } else {
         codes[col] = static_cast<std::uint8_t>(scaled_code(format, *job.sorted, target * factor));

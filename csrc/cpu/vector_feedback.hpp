@@ -200,6 +200,7 @@ void feedback(const Feedback& job, std::int64_t begin, std::int64_t end) {
     case Encoder::symmetric:
       return run_feedback(job, FeedbackInt8{}, begin, end);
     case Encoder::searched:
+      if (format.bits == 8) return run_feedback(job, FeedbackInt8{}, begin, end);
       return run_feedback(job, FeedbackAffine4{}, begin, end);
     case Encoder::fp16:
     case Encoder::bf16:

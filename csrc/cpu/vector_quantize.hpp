@@ -146,38 +146,62 @@ class Affine4Encoder {
   F factor_, zero_;
 };
 
-// score_affine4 of encode.hpp: its sixteen lanes in one or two vectors.
-Affine4Score score_group(const float* x, std::int64_t count, float scale, float factor,
-                         float zero) {
-  constexpr int parts = 16 / kLanes;
-  F error[parts], product[parts], power[parts];
-  for (int p = 0; p < parts; ++p) error[p] = product[p] = power[p] = Simd::set1(0.0f);
-  const F scales = Simd::set1(scale), factors = Simd::set1(factor), zeros = Simd::set1(zero);
-  std::int64_t i = 0;
-  for (; i + 16 <= count; i += 16) {
-    for (int p = 0; p < parts; ++p) {
-      const F v = Simd::load(x + i + p * kLanes);
-      const F level = affine4_level(v, factors, zeros) - zeros;
-      const F miss = v - level * scales;
-      error[p] += miss * miss;
-      product[p] += v * level;
-      power[p] += level * level;
+F level_of(F y, F low, F high) { return round_even(Simd::min(Simd::max(y, low), high)); }
+
+// LevelScorer of encode.hpp, its sixteen lanes in one or two vectors. Zeros pad a short last one:
+// they lie on a level, and add nothing.
+class VectorScorer {
+ public:
+  VectorScorer(const float* x, std::int64_t count) : x_(x), count_(count) {}
+
+  template <int C>
+  void misses(const LevelGrid<C>& grid, float* out) const {
+    F sums[C][kParts];
+    for (int c = 0; c < C; ++c) {
+      for (F& part : sums[c]) part = Simd::set1(0.0f);
+    }
+    each([&](F x, int part) {
+      for (int c = 0; c < C; ++c) {
+        const F y = x * Simd::set1(grid.factor[c]);
+        const F miss = y - level_of(y, Simd::set1(grid.low[c]), Simd::set1(grid.high[c]));
+        sums[c][part] += miss * miss;
+      }
+    });
+    for (int c = 0; c < C; ++c) out[c] = total(sums[c]);
+  }
+
+  float refit(const LevelGrid<1>& at) const {
+    F product[kParts], power[kParts];
+    for (int p = 0; p < kParts; ++p) product[p] = power[p] = Simd::set1(0.0f);
+    each([&](F x, int part) {
+      const F y = x * Simd::set1(at.factor[0]);
+      const F level = level_of(y, Simd::set1(at.low[0]), Simd::set1(at.high[0]));
+      product[part] += y * level;
+      power[part] += level * level;
+    });
+    return total(product) / total(power);
+  }
+
+ private:
+  static constexpr int kParts = 16 / kLanes;
+
+  template <class Add>
+  void each(const Add& add) const {
+    std::int64_t i = 0;
+    for (; i + 16 <= count_; i += 16) {
+      for (int p = 0; p < kParts; ++p) add(Simd::load(x_ + i + p * kLanes), p);
+    }
+    for (int p = 0; p < kParts && i < count_; ++p, i += kLanes) {
+      add(load_part<DType::f32>(x_ + i, smaller(kLanes, count_ - i)), p);
     }
   }
-  for (int p = 0; p < parts && i < count; ++p, i += kLanes) {
-    const std::int64_t n = smaller(kLanes, count - i);
-    const F v = load_part<DType::f32>(x + i, n);
-    const F level = Simd::first(affine4_level(v, factors, zeros) - zeros, static_cast<int>(n));
-    const F miss = v - level * scales;
-    error[p] += miss * miss;
-    product[p] += v * level;
-    power[p] += level * level;
+  static float total(const F* sums) {
+    return Simd::sum(kParts == 2 ? sums[0] + sums[kParts - 1] : sums[0]);
   }
-  auto total = [](const F* sums) {
-    return Simd::sum(parts == 2 ? sums[0] + sums[parts - 1] : sums[0]);
-  };
-  return {total(error), total(product), total(power)};
-}
+
+  const float* x_;
+  std::int64_t count_;
+};
 
 // The largest magnitude, or NaN if there is anything but finite numbers. Magnitudes order as their
 // bits do, with infinity and NaN above all numbers.
@@ -290,7 +314,7 @@ void quantize_scaled(const Job& job, const Encode& encode, float most) {
   });
 }
 
-void quantize_searched(const Job& job) {
+void quantize_searched4(const Job& job) {
   each_group(job, [&](const float* x, std::int64_t count, std::uint8_t* codes, std::int64_t index) {
     const float absmax = absmax_of(x, count);
     if (absmax != absmax) {
@@ -300,13 +324,24 @@ void quantize_searched(const Job& job) {
       return;
     }
     const Range range = range_of(x, count);
-    const Affine4 fit =
-        search_affine4(range.low, range.high, [&](float scale, float factor, float zero) {
-          return score_group(x, count, scale, factor, zero);
-        });
+    const Affine4 fit = search_affine4(range.low, range.high, VectorScorer(x, count));
     write<std::uint16_t>(job.out.scales, index, fit.scale);
     job.out.extra[index] = fit.zero;
     encode_group(Affine4Encoder(fit), x, 1.0f, count, codes);
+  });
+}
+
+void quantize_searched8(const Job& job) {
+  each_group(job, [&](const float* x, std::int64_t count, std::uint8_t* codes, std::int64_t index) {
+    const float absmax = absmax_of(x, count);
+    if (absmax != absmax) {
+      write<float>(job.out.scales, index, absmax);
+      std::memset(codes, 0, static_cast<std::size_t>(count));
+      return;
+    }
+    const Scale8 fit = search_scale8(absmax, VectorScorer(x, count));
+    write<float>(job.out.scales, index, fit.scale);
+    encode_group(Symmetric{}, x, fit.factor, count, codes);
   });
 }
 
@@ -338,7 +373,7 @@ void quantize(const Format& format, const SortedTable& sorted, const Layout& at,
     case Encoder::symmetric:
       return quantize_scaled(job, Symmetric{}, 127.0f);
     case Encoder::searched:
-      return quantize_searched(job);
+      return format.bits == 4 ? quantize_searched4(job) : quantize_searched8(job);
     case Encoder::fp16:
     case Encoder::bf16:
       return quantize_cast(job);

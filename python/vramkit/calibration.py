@@ -25,8 +25,8 @@ from .sizes import format_size, parse_size
 if TYPE_CHECKING:
     from .convert import Candidate, Progress
 
-# By measurements on two models and other text than they are judged by (docs/calibration.md).
-DAMPING = 0.05
+# By text that was held out of the calibration (docs/calibration.md).
+DAMPING = 0.01
 PASSES = 2
 
 
@@ -117,7 +117,7 @@ class Calibration:
             collector.watching(found),
         ):
             for batch in checked(batches):
-                collector.mask = _mask_of(batch)
+                collector.mask = mask_of(batch)
                 runner.feed(batch)
                 collector.last = None
                 advance(1, "calibrate")
@@ -130,7 +130,8 @@ class Calibration:
         return made
 
 
-def _mask_of(batch: Any) -> Tensor | None:
+def mask_of(batch: Any) -> Tensor | None:
+    """The positions that count: a batch's "attention_mask" [batch, length] as booleans, or None."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
@@ -199,9 +200,6 @@ def encode_calibrated(
     string with its unit). Returns the encoded weights and (layer, reason) of those that were
     rounded to nearest; warns of layers that no batch reached.
     """
-    # Not at the top: convert imports this module when it is called.
-    from .convert import encode_candidate
-
     encoded: list[tuple[Candidate, StoredParts]] = []
     plain: list[tuple[str, str]] = []
     unreached: list[str] = []
@@ -212,24 +210,11 @@ def encode_calibrated(
             names = [c.name for c, fmt in group if _reason(c, fmt) is None]
             at_hand = Calibration.collect(model, batches, layers=names) if names else None
         for candidate, fmt in group:
-            weight = candidate.weight
-            parts = encode_candidate(candidate, weight, fmt)
-            reason = _reason(candidate, fmt)
-            moment = None if at_hand is None else at_hand.moments.get(candidate.name)
-            if reason is None and (moment is None or moment.rows == 0):
-                reason = "no calibration batch reached it"
-                unreached.append(candidate.name)
+            parts, reason = encode_by(at_hand, candidate, candidate.weight, fmt)
             if reason is not None:
                 plain.append((candidate.name, reason))
-            elif at_hand is not None and moment is not None:
-                _check_shape(candidate, moment)
-                compensate(
-                    weight,
-                    parts,
-                    moment.mean,
-                    damping=at_hand.damping,
-                    passes=at_hand.passes,
-                )
+                if _reason(candidate, fmt) is None:
+                    unreached.append(candidate.name)
             encoded.append((candidate, parts))
             done(candidate)
     if unreached:
@@ -240,6 +225,26 @@ def encode_calibrated(
             stacklevel=4,
         )
     return encoded, plain
+
+
+def encode_by(
+    calibration: Calibration | None, candidate: Candidate, weight: Tensor, fmt: StorageFormat
+) -> tuple[StoredParts, str | None]:
+    """The weight encoded for the inputs that the calibration holds, or why to nearest instead."""
+    # Not at the top: convert imports this module when it is called.
+    from .convert import encode_candidate
+
+    parts = encode_candidate(candidate, weight, fmt)
+    reason = _reason(candidate, fmt)
+    moment = None if calibration is None else calibration.moments.get(candidate.name)
+    if reason is None and (calibration is None or moment is None or moment.rows == 0):
+        reason = "no calibration batch reached it"
+    if reason is None and calibration is not None and moment is not None:
+        _check_shape(candidate, moment)
+        compensate(
+            weight, parts, moment.mean, damping=calibration.damping, passes=calibration.passes
+        )
+    return parts, reason
 
 
 def _kept(batches: Iterable[Any]) -> Sequence[Any]:

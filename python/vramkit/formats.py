@@ -14,9 +14,9 @@ from .precision import PrecisionMode
 # Positions in a format's spec; the values are those of csrc/core/format.hpp.
 _FAMILY, _BITS, _GRAIN, _BLOCK, _SCALE, _ENCODER, _ZERO = range(7)
 _FAMILIES = ("cast", "codebook", "affine")
-_GRAIN_FLAT = 3
+_GRAIN_ROW, _GRAIN_FLAT = 1, 3
 _SCALE_F32, _SCALE_NESTED = 1, 3
-_ENCODER_MIDPOINT, _ENCODER_FP16, _ENCODER_BF16 = 0, 3, 4
+_ENCODER_MIDPOINT, _ENCODER_FP16, _ENCODER_BF16, _ENCODER_SYMMETRIC = 0, 3, 4, 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +134,8 @@ def _unpickle(name: str, spec: list[int], table: list[float]) -> StorageFormat:
 _REGISTRY: dict[str, StorageFormat] = {
     name: StorageFormat(name, native) for name, native in _core.builtin_formats()
 }
-_INT8 = _REGISTRY["int8"].native
+# Eight bits with the scale that just holds the row's largest magnitude, as LLM.int8 has it.
+_INT8 = _core.Format([2, 8, _GRAIN_ROW, 0, _SCALE_F32, _ENCODER_SYMMETRIC, 0], [])
 _LLM_INT8_THRESHOLD = 6.0  # Dettmers et al. 2022, section 3.2
 _REGISTRY["int8_dynamic"] = StorageFormat("int8_dynamic", _INT8, "int8_dynamic")
 _REGISTRY["llm_int8"] = StorageFormat("llm_int8", _INT8, "llm_int8", _LLM_INT8_THRESHOLD)

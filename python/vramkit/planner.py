@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -33,6 +33,10 @@ from .estimator import MemoryEstimate, estimate, weight_bytes
 from .formats import StorageFormat
 from .sizes import format_size, parse_size
 
+if TYPE_CHECKING:
+    from .calibration import Calibration
+    from .running import Output
+
 SCHEMA = "vramkit.plan/1"
 # Enough elements that a weight's error is known to well under a percent, whatever its size.
 SAMPLE_ELEMENTS = 1 << 22
@@ -56,7 +60,8 @@ class PlanEntry:
     """One layer of a plan.
 
     `format` is None where the layer stays as it is. `error` is the relative squared error of the
-    stored weight, ||W - W'||^2 / ||W||^2.
+    stored weight, ||W - W'||^2 / ||W||^2; of a plan by data, that of the model's output with this
+    layer alone stored.
     """
 
     name: str
@@ -126,8 +131,14 @@ class Plan:
                 )
         raise KeyError(f"the plan has no layer {name!r}")
 
-    def apply(self, model: nn.Module, *, progress: bool | Progress = False) -> nn.Module:
-        """Convert `model` in place as planned, and return it.
+    def apply(
+        self,
+        model: nn.Module,
+        *,
+        calibration: Calibration | Iterable[Any] | None = None,
+        progress: bool | Progress = False,
+    ) -> nn.Module:
+        """Convert `model` in place as planned, and return it; `calibration` as for `convert`.
 
         Raises ValueError if the plan was made for a model with other layers or shapes.
         """
@@ -138,12 +149,19 @@ class Plan:
                 "this plan was made for a model with other layers or shapes "
                 f"(fingerprint {self.fingerprint}, this model's is {here}); plan this model"
             )
-        self.convert(model, progress=progress)
+        self.convert(model, calibration=calibration, progress=progress)
         return model
 
-    def convert(self, model: nn.Module, *, progress: bool | Progress = False) -> ConversionReport:
+    def convert(
+        self,
+        model: nn.Module,
+        *,
+        calibration: Calibration | Iterable[Any] | None = None,
+        progress: bool | Progress = False,
+    ) -> ConversionReport:
         """As `apply`, without the check; returns the conversion's report."""
-        return convert(model, {e.name: e.format for e in self.entries}, progress=progress)
+        formats = {e.name: e.format for e in self.entries}
+        return convert(model, formats, calibration=calibration, progress=progress)
 
     def report(self) -> ConversionReport:
         """What applying the plan does, in bytes, as `convert` would report it."""
@@ -283,6 +301,9 @@ def plan(
     inputs: Any = None,
     formats: Iterable[Precision] = DEFAULT_FORMATS,
     skip: Iterable[str] = (),
+    batches: Iterable[Any] | None = None,
+    output: Output | None = None,
+    calibration: Calibration | None = None,
     progress: bool | Progress = False,
     read_weight: Callable[[Candidate], torch.Tensor] | None = None,
 ) -> Plan:
@@ -295,12 +316,18 @@ def plan(
         inputs: One call's inputs, for the estimate of the peak (see `estimate`).
         formats: What to choose from, besides leaving a layer as it is.
         skip: Layers to leave plain, as in `convert`.
+        batches: Data like that of later use, to measure on: a layer then counts by the error of the
+            model's output with this layer alone stored. One pass for each layer and format; some
+            hundred samples will do.
+        output: What of the model's result is the output, as for `vramkit.compare`.
+        calibration: A `Calibration` collected on this model, if `apply` will be given it: what is
+            measured is then rounded by it.
         progress: True for a progress bar over the bytes analysed.
         read_weight: Gives a layer's weight where the model has none in memory.
 
-    The sum over layers of the relative squared weight errors is minimized exactly: a
-    multiple-choice knapsack, solved natively with byte-exact sizes. On a CPU the limit bounds the
-    weights; on CUDA, weights and the call's own memory together.
+    The sum over layers of the relative squared errors is minimized exactly: a multiple-choice
+    knapsack, solved natively with byte-exact sizes. On a CPU the limit bounds the weights; on CUDA,
+    weights and the call's own memory together.
 
     Raises BudgetError, which says the smallest limit that would do, if nothing fits.
     """
@@ -313,13 +340,28 @@ def plan(
     on_device = any(p.is_cuda for p in model.parameters())
     if on_device and inputs is not None:
         activations = estimate(model, inputs=inputs).activations_bytes or 0
+    cost: Cost = _weight_cost
+    if batches is not None:
+        if read_weight is not None:
+            raise ValueError("batches= needs the model's weights in memory")
+        from .sensitivity import OutputErrors
+
+        measured = OutputErrors(model, batches, output, calibration)
+
+        def cost(candidate: Candidate, matrix: torch.Tensor, fmt: StorageFormat) -> float:
+            return measured.of(candidate, fmt)
+
+    elif calibration is not None or output is not None:
+        raise ValueError(
+            "calibration= and output= say how to measure on batches=, which is missing"
+        )
     groups: list[list[tuple[int, float]]] = []
     options: list[list[StorageFormat | None]] = []
     with progress_bar(progress, original * len(chosen), "analyse") as advance:
         for candidate in found:
             weight = read_weight(candidate) if read_weight else candidate.weight
             check_weight(candidate.name, weight, storage_format("bf16"))
-            group, names = _choices(candidate, weight, chosen, advance)
+            group, names = _choices(candidate, weight, chosen, cost, advance)
             del weight  # before the next one is read
             groups.append(group)
             options.append(names)
@@ -366,8 +408,19 @@ def plan(
     return made
 
 
+Cost = Callable[[Candidate, torch.Tensor, StorageFormat], float]
+
+
+def _weight_cost(candidate: Candidate, matrix: torch.Tensor, fmt: StorageFormat) -> float:
+    return weight_error(matrix, fmt)
+
+
 def _choices(
-    candidate: Candidate, weight: torch.Tensor, formats: Sequence[StorageFormat], advance: Any
+    candidate: Candidate,
+    weight: torch.Tensor,
+    formats: Sequence[StorageFormat],
+    cost: Cost,
+    advance: Any,
 ) -> tuple[list[tuple[int, float]], list[StorageFormat | None]]:
     """(bytes, error) of leaving the layer as it is, and of every format that makes it smaller."""
     group: list[tuple[int, float]] = [(candidate.original_bytes, 0.0)]
@@ -385,7 +438,7 @@ def _choices(
             except VramkitError:
                 advance(candidate.original_bytes, candidate.name)
                 continue  # this format cannot hold the weight; the others are still offered
-            group.append((size, weight_error(matrix, fmt)))
+            group.append((size, cost(candidate, matrix, fmt)))
             names.append(fmt)
         advance(candidate.original_bytes, candidate.name)
     return group, names

@@ -77,6 +77,7 @@ inline std::vector<NamedFormat> all_formats() {
     f.grain = Grain::group;
     f.block = 48;
   });
+  add("int8_absmax", "int8", [](Format& f) { f.encoder = Encoder::symmetric; });
   add("fp8_g32", "fp8", [](Format& f) {
     f.grain = Grain::group;
     f.block = 32;

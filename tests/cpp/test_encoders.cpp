@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <random>
@@ -17,9 +18,8 @@ namespace vramkit::cpu {
 namespace {
 
 // Encodes one row of floats and returns its codes, a byte each.
-std::vector<int> codes_of(const Kernels& kernels, const std::string& name,
+std::vector<int> codes_of(const Kernels& kernels, const Format& format,
                           const std::vector<float>& x) {
-  const Format& format = builtin_format(name);
   const auto cols = static_cast<std::int64_t>(x.size());
   Encoded to(format, 1, cols, 0);
   kernels.quantize(format, sorted_of(format), to.at, x.data(), DType::f32, cols,
@@ -30,6 +30,35 @@ std::vector<int> codes_of(const Kernels& kernels, const std::string& name,
     codes.push_back(format.bits == 8 ? byte : i % 2 == 0 ? byte >> 4 : byte & 15);
   }
   return codes;
+}
+
+std::vector<int> codes_of(const Kernels& kernels, const std::string& name,
+                          const std::vector<float>& x) {
+  return codes_of(kernels, builtin_format(name), x);
+}
+
+Format int8_absmax() {
+  Format format = builtin_format("int8");
+  format.encoder = Encoder::symmetric;
+  return format;
+}
+
+// Encodes one row and decodes it; the sum of squared errors in double.
+double squared_error(const Kernels& kernels, const Format& format, const std::vector<float>& x) {
+  const auto cols = static_cast<std::int64_t>(x.size());
+  Encoded to(format, 1, cols, 0);
+  kernels.quantize(format, sorted_of(format), to.at, x.data(), DType::f32, cols,
+                   {to.codes.data(), to.scales.data(), to.extra.data()}, 0, 1);
+  const Weight weight{.format = &format,
+                      .at = to.at,
+                      .codes = to.codes.data(),
+                      .scales = to.scales.data(),
+                      .extra = to.extra.data()};
+  std::vector<float> back(x.size());
+  kernels.dequantize(weight, 0, 1, back.data(), DType::f32, cols);
+  double sum = 0.0;
+  for (std::size_t i = 0; i < x.size(); ++i) sum += std::pow(double{x[i]} - double{back[i]}, 2);
+  return sum;
 }
 
 // Facts about the encoders that do not come from the reference's own code.
@@ -49,8 +78,11 @@ TEST(Encoders, KnownCodes) {
       EXPECT_EQ(code, 7);
     }
     // The scale is 1: halves go to the even integer.
-    codes = codes_of(*kernels, "int8", {127.0f, 0.5f, 1.5f, -2.5f, -127.0f});
+    codes = codes_of(*kernels, int8_absmax(), {127.0f, 0.5f, 1.5f, -2.5f, -127.0f});
     EXPECT_EQ(codes, (std::vector<int>{127, 0, 2, 0xfe, 0x81}));
+    // Nothing can be better than no error.
+    codes = codes_of(*kernels, "int8", {127.0f, 1.0f, 0.0f, -2.0f, -127.0f});
+    EXPECT_EQ(codes, (std::vector<int>{127, 1, 0, 0xfe, 0x81}));
     codes = codes_of(*kernels, "fp8", {448.0f, -448.0f, 1.0f, 0.0f, 0.001953125f});
     EXPECT_EQ(codes, (std::vector<int>{0x7e, 0xfe, 0x38, 0x00, 0x01}));
     codes = codes_of(*kernels, "fp8_e5m2", {57344.0f, -1.0f, 1.52587890625e-05f});
@@ -80,34 +112,64 @@ TEST(Linear, InfiniteScaleInAPartialVectorGivesInfinity) {
   }
 }
 
-// The search must do at least as well as the plain choice: the group's range over fifteen steps.
-TEST(Encoders, SearchedInt4BeatsTheRangeScale) {
+// The least error of a group in any scale and zero point, by brute force in double.
+double least_int4_error(const std::vector<float>& x) {
+  const auto [low, high] = std::minmax_element(x.begin(), x.end());
+  const double widest = (*high - *low) / 15.0;
+  double least = -1.0;
+  for (int zero = 0; zero <= 15; ++zero) {
+    for (int step = 0; step < 400; ++step) {
+      const double scale = widest * (0.4 + 0.002 * step);
+      double error = 0.0;
+      for (const float v : x) {
+        const double code = std::clamp(std::round(v / scale) + zero, 0.0, 15.0);
+        error += std::pow(v - (code - zero) * scale, 2);
+      }
+      if (least < 0.0 || error < least) least = error;
+    }
+  }
+  return least;
+}
+
+TEST(Encoders, SearchedInt4IsCloseToTheBestThereIs) {
   std::mt19937 random(3);
   std::normal_distribution<double> normal;
-  const Format& format = builtin_format("int4");
   for (const Kernels* kernels : available_kernels()) {
-    for (int trial = 0; trial < 50; ++trial) {
-      std::vector<float> x(128), back(128);
-      for (float& value : x) value = static_cast<float>(normal(random) * 0.02);
-      Encoded to(format, 1, 128, 0);
-      kernels->quantize(format, {}, to.at, x.data(), DType::f32, 128,
-                        {to.codes.data(), to.scales.data(), to.extra.data()}, 0, 1);
-      const Weight weight{.format = &format,
-                          .at = to.at,
-                          .codes = to.codes.data(),
-                          .scales = to.scales.data(),
-                          .extra = to.extra.data()};
-      kernels->dequantize(weight, 0, 1, back.data(), DType::f32, 128);
-      const auto [low, high] = std::minmax_element(x.begin(), x.end());
-      const double step = (*high - *low) / 15.0;
-      const double zero = std::round(-*low / step);
+    double searched = 0.0, least = 0.0;
+    for (int trial = 0; trial < 30; ++trial) {
+      std::vector<float> x(128);
+      for (float& value : x) value = static_cast<float>(normal(random) * 0.02 + 0.005);
+      const double error = squared_error(*kernels, builtin_format("int4"), x);
+      const double best = least_int4_error(x);
+      EXPECT_LE(error, best * 1.1) << kernels->name;
+      searched += error;
+      least += best;
+    }
+    EXPECT_LE(searched, least * 1.02) << kernels->name;
+  }
+}
+
+TEST(Encoders, SearchedInt8NeverErrsMoreThanTheRowsOwnRange) {
+  std::mt19937 random(4);
+  std::normal_distribution<double> normal;
+  const Format absmax = int8_absmax();
+  for (const Kernels* kernels : available_kernels()) {
+    for (const int cols : {1, 15, 384, 4096}) {
       double searched = 0.0, plain = 0.0;
-      for (int i = 0; i < 128; ++i) {
-        const double code = std::clamp(std::round(x[i] / step) + zero, 0.0, 15.0);
-        searched += std::pow(x[i] - back[i], 2);
-        plain += std::pow(x[i] - (code - zero) * step, 2);
+      for (int trial = 0; trial < 20; ++trial) {
+        std::vector<float> x(cols);
+        for (float& value : x) value = static_cast<float>(normal(random) * 0.02);
+        const double error = squared_error(*kernels, builtin_format("int8"), x);
+        const double before = squared_error(*kernels, absmax, x);
+        // The search compares float32 sums of distances in steps of the scale.
+        const float most = std::abs(*std::max_element(
+            x.begin(), x.end(), [](float a, float b) { return std::abs(a) < std::abs(b); }));
+        const double rounding = cols * std::pow(most * FLT_EPSILON, 2);
+        EXPECT_LE(error, before * (1 + 1e-5) + rounding) << kernels->name;
+        searched += error;
+        plain += before;
       }
-      EXPECT_LE(searched, plain * 1.001) << kernels->name;  // the scale is stored as float16
+      if (cols >= 384) EXPECT_LT(searched, 0.99 * plain) << kernels->name << " " << cols;
     }
   }
 }

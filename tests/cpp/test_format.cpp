@@ -114,7 +114,9 @@ TEST(Format, ContradictoryFieldsAreRefused) {
   refused("nf4", [](Format& f) { f.scale = ScaleType::none; });
   refused("int4", [](Format& f) { f.zero_point = false; });
   refused("int4", [](Format& f) { f.scale = ScaleType::nested; });
-  refused("int8", [](Format& f) { f.encoder = Encoder::searched; });
+  refused("int8", [](Format& f) { f.encoder = Encoder::midpoint; });
+  refused("int8", [](Format& f) { f.zero_point = true; });
+  refused("int4", [](Format& f) { f.encoder = Encoder::symmetric; });
   refused("fp16", [](Format& f) { f.bits = 8; });
   refused("fp8", [](Format& f) { f.block = 64; });
   EXPECT_THROW(builtin_format("int3"), InvalidArgument);

@@ -206,7 +206,7 @@ def test_convert_lowers_the_error_of_the_outputs(name: str) -> None:
     batches = list(correlated(2000).split(500))
     model = small_model()
     x = batches[0]
-    expected = model(x)
+    expected = model(x).detach()
 
     def error(**arguments: Any) -> float:
         converted = copy.deepcopy(model)
@@ -323,3 +323,91 @@ def test_progress() -> None:
     batches = [correlated(10)] * 3
     Calibration.collect(model, batches, progress=lambda *step: seen.append(step))
     assert seen == [(1, 3, "calibrate"), (2, 3, "calibrate"), (3, 3, "calibrate")]
+
+
+class Pipe(nn.Module):
+    """Two layers on one input, of which the first is loud, and one that the output does not see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(48, 64, bias=False), nn.Linear(48, 64, bias=False)
+        self.unused = nn.Linear(48, 64, bias=False)
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        self.unused(x)
+        return 10 * self.first(x) + self.second(x)
+
+
+def pipe_limit(*formats: str) -> str:
+    return f"{sum(vramkit.get_format(name).bytes((64, 48)).total for name in formats)} B"
+
+
+def test_a_plan_by_data_spends_bytes_where_the_output_feels_it() -> None:
+    model = Pipe().eval()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    batches = list(correlated(1000).split(250))
+    calibration = Calibration.collect(model, batches)
+    plan = vramkit.plan(
+        model,
+        pipe_limit("int8", "int4_g16", "int4_g16"),
+        formats=("int8", "int4_g16"),
+        batches=batches,
+        calibration=calibration,
+    )
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    chosen = {entry.name: entry.format for entry in plan.entries}
+    assert chosen == {"first": "int8", "second": "int4_g16", "unused": "int4_g16"}
+    errors = {entry.name: entry.error for entry in plan.entries}
+    assert errors["unused"] == 0.0
+    expected = torch.cat([model(batch) for batch in batches]).detach().double()
+    plan.apply(model, calibration=calibration)
+    found = torch.cat([model(batch) for batch in batches]).detach().double()
+    error = float((found - expected).square().sum() / expected.square().sum())
+    # Errors of layers add up but for their correlation, which is within 2 sqrt(a b).
+    together = errors["first"] + errors["second"]
+    slack = 2 * (errors["first"] * errors["second"]) ** 0.5
+    assert abs(error - together) <= slack + 1e-6 * together
+
+
+def test_measured_costs_are_errors_of_the_output_and_leave_padding_out() -> None:
+    model = Pipe().eval()
+    x = correlated(60).reshape(2, 30, 48)
+    mask = torch.ones(2, 30, dtype=torch.long)
+    mask[1, 7:] = 0
+    garbage = x.clone()
+    garbage[1, 7:] = 1e3
+    batch = {"x": garbage, "attention_mask": mask}
+    plan = vramkit.plan(model, pipe_limit(*["nf4"] * 3), formats=["nf4"], batches=[batch])
+    kept = x[mask.bool()].double()
+    outputs = kept @ (10 * model.first.weight + model.second.weight).double().t()
+    for name, factor in (("first", 10), ("second", 1)):
+        weight = model.get_submodule(name).weight.detach()
+        change = encode(weight, vramkit.get_format("nf4")).dense(torch.float32) - weight
+        expected = (factor * kept @ change.double().t()).square().sum() / outputs.square().sum()
+        found = next(entry.error for entry in plan.entries if entry.name == name)
+        # The outputs are float32 sums, and the error is a difference of two of them.
+        assert found == pytest.approx(float(expected), rel=1e-3), name
+
+
+def test_a_plan_by_data_refuses() -> None:
+    model = small_model()
+    batches = [correlated(10)]
+    with pytest.raises(ValueError, match="batches=, which is missing"):
+        vramkit.plan(model, "1 MB", calibration=Calibration())
+    with pytest.raises(TypeError, match="write \\[inputs\\]"):
+        vramkit.plan(model, "1 MB", batches=correlated(10))
+    with pytest.raises(CalibrationError, match="NaN or infinity"):
+        vramkit.plan(model, "1 MB", batches=[correlated(10) * float("nan")])
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+
+    def fails(result: Tensor) -> Tensor:
+        if not torch.equal(model.get_parameter("0.weight"), weights["0.weight"]):
+            raise RuntimeError("in the middle")
+        return result
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        vramkit.plan(model, "1 MB", batches=batches, output=fails)
+    assert all(torch.equal(v, weights[name]) for name, v in model.state_dict().items())
+    folded = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(48, 64))).eval()
+    with pytest.raises(CalibrationError, match="computed by"):
+        vramkit.plan(folded, "1 MB", batches=batches)
