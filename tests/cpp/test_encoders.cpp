@@ -169,7 +169,9 @@ TEST(Encoders, SearchedInt8NeverErrsMoreThanTheRowsOwnRange) {
         searched += error;
         plain += before;
       }
-      if (cols >= 384) EXPECT_LT(searched, 0.99 * plain) << kernels->name << " " << cols;
+      if (cols >= 384) {
+        EXPECT_LT(searched, 0.99 * plain) << kernels->name << " " << cols;
+      }
     }
   }
 }
