@@ -448,3 +448,28 @@ def encode(weight: Tensor, fmt: StorageFormat, lead: int = 1) -> StoredParts:
     codes, scales, extra = _ops.quantize(source, fmt.table_on(source.device), fmt.spec)
     found = extra if extra.numel() else None
     return StoredParts(fmt, tuple(weight.shape), codes, scales, found, lead)
+
+
+def encode_again(value: Tensor, old: StoredParts) -> StoredParts:
+    """Encode a new version of the weight `old` in its format; unchanged rows keep their bits."""
+    parts = encode(value, old.fmt, old.lead)
+    keep_rows(parts, value, old)
+    return parts
+
+
+def keep_rows(parts: StoredParts, value: Tensor, old: StoredParts) -> None:
+    """Give rows of `value` that are what `old` decodes to their old codes and scales, in place.
+
+    `parts` holds `value` encoded anew, in the same format: a search for better scales would have
+    rounded those rows a second time.
+    """
+    rows, old_rows = matrix_shape(value.shape, old.lead), matrix_shape(old.shape, old.lead)
+    row_by_row = parts.codes.dim() == 2 and old.codes.dim() == 2 and not old.fmt.nested
+    if value.is_meta or old.codes.is_meta or not row_by_row or rows[1] != old_rows[1]:
+        return
+    count = min(rows[0], old_rows[0])
+    before = old.dense(value.dtype).reshape(old_rows)[:count].to(value.device)
+    same = (value.detach().reshape(rows)[:count] == before).all(1)
+    for new, kept in zip(parts.arguments[:3], old.arguments[:3], strict=True):
+        if new is not None and kept is not None:
+            new.detach()[:count][same] = kept.detach()[:count][same].to(new.device)

@@ -310,10 +310,10 @@ class TestLazyWeight:
         assert_same_state(layer, before)
 
     def test_writable_encodes_again(self) -> None:
-        layer = converted("int8")
+        layer = converted("fp8")
         delta = torch.randn(48, 64)
         dense = layer.dense_weight()
-        expected = converted("int8")
+        expected = converted("fp8")
         vramkit.set_weight(expected, dense + delta)
         with vramkit.writable(), torch.no_grad():
             layer.weight += delta
@@ -333,6 +333,19 @@ class TestLazyWeight:
         assert layer.dense_weight().sum() == 3 * 127.0
         with pytest.raises(ReadOnlyWeightError), torch.no_grad():
             layer.weight.zero_()
+
+    @pytest.mark.parametrize("name", ["int8", "int4", "int4_g32", "nf4"])
+    def test_rows_that_do_not_change_keep_their_bits(self, name: str) -> None:
+        """Formats that search their scales would round decoded rows a second time."""
+        layer = converted(name)
+        codes, scales, dense = layer.codes.clone(), layer.scales.clone(), layer.dense_weight()
+        with vramkit.writable(), torch.no_grad():
+            layer.weight[7] = 3.0
+        others = torch.arange(48) != 7
+        assert torch.equal(layer.codes[others], codes[others])
+        assert torch.equal(layer.scales[others], scales[others])
+        assert torch.equal(layer.dense_weight()[others], dense[others])
+        assert (layer.dense_weight()[7] - 3.0).abs().max() < 0.01
 
     def test_writable_nests_and_survives_errors(self) -> None:
         layer = converted("int8")

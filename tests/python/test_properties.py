@@ -138,6 +138,8 @@ def every_value(w: StoredParts) -> Tensor:
     values = []
     bits = w.fmt.spec[1]
     for code in range(2**bits):
+        if w.fmt.family == "affine" and code == 128:
+            continue  # -128 is never written
         byte = code * 17 if bits == 4 else code
         codes = torch.full_like(w.codes, byte)
         values.append(StoredParts(w.fmt, w.shape, codes, w.scales, w.extra).dense(torch.float32))
@@ -209,7 +211,7 @@ for name, _ in _core.builtin_formats():
                         tried += 1
                         assert torch.equal(pattern(y), pattern(expected)), (
                             name, rows, cols, dtype, count, bad, place)
-assert tried == 12 * 3 * 3 * 4 * 5 * 3, tried
+assert tried == len(_core.builtin_formats()) * 3 * 3 * 4 * 5 * 3, tried
 """
     run_python(script, isa, env={"VRAMKIT_ISA": isa})
 

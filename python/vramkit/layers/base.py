@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._operators import StoredParts, encode, matrix_shape
+from .._operators import StoredParts, encode_again, matrix_shape
 from ..formats import StorageFormat
 from .lazy import LazyWeight, is_writable, refuse, writable
 
@@ -153,14 +153,14 @@ class QuantizedLayer(nn.Module):
             if owner is not self or other != name:
                 self._adopt(name, owner.parts_of(other), owner._stored[other].dtype, (owner, other))
             return
-        parts = encode(value, stored.fmt, stored.lead)
+        parts = encode_again(value, self.parts_of(name))
         self._adopt(name, parts, value.dtype if value.is_floating_point() else stored.dtype)
 
     def _write(self, value: Tensor, what: str, name: str = "weight") -> None:
         if not is_writable():
             raise refuse(what)
         stored = self._stored[name]
-        self._adopt(name, encode(value, stored.fmt, stored.lead), stored.dtype)
+        self._adopt(name, encode_again(value, self.parts_of(name)), stored.dtype)
 
     def _adopt(
         self,
