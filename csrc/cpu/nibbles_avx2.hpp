@@ -372,6 +372,7 @@ void linear_nibbles(const Weight& weight, const void* x, DType type, std::int64_
 void linear_avx2(const Weight& weight, const void* x, DType type, std::int64_t count,
                  std::int64_t x_stride, const float* bias, void* out, std::int64_t out_stride,
                  std::int64_t begin, std::int64_t end) {
+  if (count == 0 || begin >= end) return;
   const Layout& at = weight.at;
   // A chunk is of one group, or each half of it of one.
   const bool chunked =

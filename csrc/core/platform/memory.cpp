@@ -42,10 +42,13 @@ void return_pages(void* start, std::int64_t bytes) {
 }
 
 void advise_large_pages(void* start, std::int64_t bytes) {
-  const auto from = (reinterpret_cast<std::uintptr_t>(start) + kLarge - 1) / kLarge * kLarge;
-  const auto to = (reinterpret_cast<std::uintptr_t>(start) + static_cast<std::uintptr_t>(bytes)) /
-                  kLarge * kLarge;
-  if (from < to) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
+  const auto misfit = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(start) % kLarge);
+  const auto large = static_cast<std::int64_t>(kLarge);
+  const std::int64_t skipped = misfit == 0 ? 0 : large - misfit;
+  const std::int64_t covered = (bytes - skipped) / large * large;
+  if (covered <= 0) return;
+  madvise(static_cast<std::byte*>(start) + skipped, static_cast<std::size_t>(covered),
+          MADV_HUGEPAGE);
 }
 
 }  // namespace vramkit
