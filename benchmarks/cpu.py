@@ -215,6 +215,9 @@ def _rotating(
         with torch.no_grad():
             copy.weight.copy_(plain.weight)
         layers.append(make(nn.Sequential(copy)))
+    with torch.inference_mode():
+        for layer in layers:  # some repack their weight at the first call
+            layer(x)
     turn = itertools.cycle(layers)
 
     def call() -> Any:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 import vramkit
 from torch import nn
 
+from .peers import torch_dynamic
 from .runner import in_turn, product_rate, read_rate
 
 # In and out features: a large layer, MiniLM's, SmolLM2's.
@@ -76,7 +76,7 @@ def _recurrent(threads: int, found: dict[str, Any], missed: list[str]) -> None:
     for (name, kind, sizes, steps), batch in itertools.product(RECURRENT, BATCHES):
         plain = nn.Sequential(kind(*sizes))
         x = torch.randn(steps, batch, sizes[0])
-        layers = {"ours": copy.deepcopy(plain), "torch": _dynamic(plain, kind)}
+        layers = {"ours": copy.deepcopy(plain), "torch": torch_dynamic(plain, frozenset({kind}))}
         vramkit.convert(layers["ours"], "int8_dynamic")
         with torch.inference_mode():
             expected = copy.deepcopy(plain).double()(x.double())[0]
@@ -147,14 +147,7 @@ def _converted(name: str) -> Callable[[nn.Linear], nn.Module]:
 
 
 def _torch(plain: nn.Linear) -> nn.Module:
-    return _dynamic(nn.Sequential(copy.deepcopy(plain)), nn.Linear)
-
-
-def _dynamic(model: nn.Module, kind: type[nn.Module]) -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        made: nn.Module = torch.ao.quantization.quantize_dynamic(model, {kind}, dtype=torch.qint8)
-    return made
+    return torch_dynamic(nn.Sequential(copy.deepcopy(plain)))
 
 
 def _bitsandbytes(plain: nn.Linear) -> nn.Module:

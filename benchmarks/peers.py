@@ -42,11 +42,46 @@ def bitsandbytes_4bit(model: nn.Module, kind: str, packed: bool = True) -> nn.Mo
     return replace_linears(model, make)
 
 
-def quanto(model: nn.Module, kind: str) -> nn.Module:
+def bitsandbytes_8bit(model: nn.Module) -> nn.Module:
+    """Linear8bitLt with the usual outlier threshold."""
+    import bitsandbytes as bnb
+
+    def make(linear: nn.Linear) -> nn.Module:
+        made = bnb.nn.Linear8bitLt(
+            linear.in_features,
+            linear.out_features,
+            bias=linear.bias is not None,
+            has_fp16_weights=False,
+            threshold=6.0,
+        )
+        made.weight = bnb.nn.Int8Params(
+            linear.weight.data, requires_grad=False, has_fp16_weights=False
+        )
+        made.bias = linear.bias
+        return made.to("cpu")
+
+    return replace_linears(model, make)
+
+
+def torch_dynamic(
+    model: nn.Module, kinds: frozenset[type[nn.Module]] = frozenset({nn.Linear})
+) -> nn.Module:
+    """torch's own dynamic INT8: deprecated there, and still what people use."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if not hasattr(torch.ao.quantization, "quantize_dynamic"):
+            raise ImportError("this torch no longer has quantize_dynamic")
+        made: nn.Module = torch.ao.quantization.quantize_dynamic(
+            model, set(kinds), dtype=torch.qint8
+        )
+    return made
+
+
+def quanto(model: nn.Module, kind: str, exclude: str | None = None) -> nn.Module:
     """optimum-quanto, weights only."""
     import optimum.quanto
 
-    optimum.quanto.quantize(model, weights=getattr(optimum.quanto, kind))
+    optimum.quanto.quantize(model, weights=getattr(optimum.quanto, kind), exclude=exclude)
     optimum.quanto.freeze(model)
     return model
 

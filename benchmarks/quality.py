@@ -8,7 +8,6 @@ are in quality_models.py.
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +18,7 @@ from vramkit.demo import SentenceEmbedder, model_folder, tokenize
 from vramkit.estimator import weight_bytes
 from vramkit.measure import call
 
-from . import quality_models
+from . import peers, quality_models
 
 SENTENCES = (
     "The cat sat on the mat.",
@@ -138,76 +137,11 @@ def _budgets(
 
 def _peers() -> dict[str, Callable[[nn.Module], nn.Module]]:
     return {
-        "bitsandbytes nf4": lambda m: _bitsandbytes_4bit(m, "nf4"),
-        "bitsandbytes fp4": lambda m: _bitsandbytes_4bit(m, "fp4"),
-        "bitsandbytes int8": _bitsandbytes_8bit,
-        "quanto qint8": lambda m: _quanto(m, "qint8"),
-        "quanto qfloat8": lambda m: _quanto(m, "qfloat8"),
-        "quanto qint4": lambda m: _quanto(m, "qint4"),
-        "torch quantize_dynamic": _torch_dynamic,
+        "bitsandbytes nf4": lambda m: peers.bitsandbytes_4bit(m, "nf4", packed=False),
+        "bitsandbytes fp4": lambda m: peers.bitsandbytes_4bit(m, "fp4", packed=False),
+        "bitsandbytes int8": peers.bitsandbytes_8bit,
+        "quanto qint8": lambda m: peers.quanto(m, "qint8"),
+        "quanto qfloat8": lambda m: peers.quanto(m, "qfloat8"),
+        "quanto qint4": lambda m: peers.quanto(m, "qint4"),
+        "torch quantize_dynamic": peers.torch_dynamic,
     }
-
-
-def _replace(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> nn.Module:
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear):
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, make(module))
-    return model
-
-
-def _bitsandbytes_4bit(model: nn.Module, kind: str) -> nn.Module:
-    import bitsandbytes as bnb
-
-    def make(linear: nn.Linear) -> nn.Module:
-        made = bnb.nn.Linear4bit(
-            linear.in_features,
-            linear.out_features,
-            bias=linear.bias is not None,
-            compute_dtype=torch.float32,
-            compress_statistics=False,
-            quant_type=kind,
-        )
-        made.weight = bnb.nn.Params4bit(
-            linear.weight.data, requires_grad=False, compress_statistics=False, quant_type=kind
-        )
-        made.bias = linear.bias
-        return made.to("cpu")
-
-    return _replace(model, make)
-
-
-def _bitsandbytes_8bit(model: nn.Module) -> nn.Module:
-    import bitsandbytes as bnb
-
-    def make(linear: nn.Linear) -> nn.Module:
-        made = bnb.nn.Linear8bitLt(
-            linear.in_features,
-            linear.out_features,
-            bias=linear.bias is not None,
-            has_fp16_weights=False,
-            threshold=6.0,
-        )
-        made.weight = bnb.nn.Int8Params(
-            linear.weight.data, requires_grad=False, has_fp16_weights=False
-        )
-        made.bias = linear.bias
-        return made.to("cpu")
-
-    return _replace(model, make)
-
-
-def _quanto(model: nn.Module, kind: str) -> nn.Module:
-    import optimum.quanto as quanto
-
-    quanto.quantize(model, weights=getattr(quanto, kind))
-    quanto.freeze(model)
-    return model
-
-
-def _torch_dynamic(model: nn.Module) -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecated there, and still what people use
-        if not hasattr(torch.ao.quantization, "quantize_dynamic"):
-            raise ImportError("this torch no longer has quantize_dynamic")
-        return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)

@@ -7,7 +7,6 @@ classifier (Conv2d), by format, beside the peers that have such a layer.
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 import vramkit
 from torch import Tensor, nn
 
-from . import real_layers, real_models
+from . import peers, real_layers, real_models
 
 FORMATS = ("bf16", "fp8", "int8", "int4", "nf4", "nf4_dq")
 Change = Callable[[nn.Module], nn.Module]
@@ -47,17 +46,9 @@ def _ours(name: str, **options: Any) -> Change:
     return change
 
 
-def _dynamic(kinds: set[type[nn.Module]]) -> Change:
+def _dynamic(*kinds: type[nn.Module]) -> Change:
     """torch's dynamic INT8: a scale per tensor, activations quantized as they come."""
-
-    def change(model: nn.Module) -> nn.Module:
-        if not hasattr(torch.ao.quantization, "quantize_dynamic"):
-            raise ImportError("this torch no longer has quantize_dynamic")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # deprecated there, and still what people use
-            return torch.ao.quantization.quantize_dynamic(model, kinds, dtype=torch.qint8)
-
-    return change
+    return lambda model: peers.torch_dynamic(model, frozenset(kinds))
 
 
 def _torchao(name: str) -> Change:
@@ -74,14 +65,7 @@ def _torchao(name: str) -> Change:
 
 
 def _quanto(name: str) -> Change:
-    def change(model: nn.Module) -> nn.Module:
-        import optimum.quanto as quanto
-
-        quanto.quantize(model, weights=getattr(quanto, name), exclude="*lm_head")
-        quanto.freeze(model)
-        return model
-
-    return change
+    return lambda model: peers.quanto(model, name, exclude="*lm_head")
 
 
 def _table(model: nn.Module, variants: dict[str, Change], measure: Measure) -> dict[str, Any]:
@@ -110,8 +94,6 @@ def _plain(model: nn.Module) -> nn.Module:
 
 def _language_model() -> dict[str, Any]:
     """Perplexity of the first 1,024 tokens of the GPL-3; relative L2 of the logits there."""
-    from .quality import _bitsandbytes_4bit, _bitsandbytes_8bit
-
     model, tokenizer = real_models.load_smollm()
     tokens = real_models.judge_tokens(tokenizer)
     with torch.no_grad():
@@ -140,14 +122,14 @@ def _language_model() -> dict[str, Any]:
     skipped = {"skip": ["lm_head", "embed_tokens"]}
     variants = {"float32": _plain} | {name: _ours(name, **skipped) for name in FORMATS}
     variants |= {
-        "bitsandbytes nf4": but_the_head(lambda m: _bitsandbytes_4bit(m, "nf4")),
-        "bitsandbytes int8": but_the_head(_bitsandbytes_8bit),
+        "bitsandbytes nf4": but_the_head(lambda m: peers.bitsandbytes_4bit(m, "nf4", packed=False)),
+        "bitsandbytes int8": but_the_head(peers.bitsandbytes_8bit),
         "quanto qint8": _quanto("qint8"),
         "quanto qfloat8": _quanto("qfloat8"),
         "quanto qint4": _quanto("qint4"),
         "torchao int8": _torchao("Int8WeightOnlyConfig"),
         "torchao float8": _torchao("Float8WeightOnlyConfig"),
-        "torch quantize_dynamic": but_the_head(_dynamic({nn.Linear})),
+        "torch quantize_dynamic": but_the_head(_dynamic(nn.Linear)),
     }
     return _table(model, variants, measure)
 
@@ -170,7 +152,7 @@ def _voice_encoder() -> dict[str, Any]:
         }
 
     variants = {"float32": _plain} | {name: _ours(name) for name in FORMATS}
-    variants["torch quantize_dynamic"] = _dynamic({nn.LSTM, nn.Linear})
+    variants["torch quantize_dynamic"] = _dynamic(nn.LSTM, nn.Linear)
     return _table(model, variants, measure)
 
 
@@ -192,7 +174,7 @@ def _speller() -> dict[str, Any]:
         }
 
     variants = {"float32": _plain} | {name: _ours(name) for name in FORMATS}
-    variants["torch quantize_dynamic"] = _dynamic({nn.GRU, nn.GRUCell, nn.Linear})
+    variants["torch quantize_dynamic"] = _dynamic(nn.GRU, nn.GRUCell, nn.Linear)
     return _table(model, variants, measure)
 
 
