@@ -148,7 +148,10 @@ std::int64_t spin_avx512(DType type, std::int64_t rounds) {
   __m512i x = _mm512_setzero_si512();
   const __m512i w = _mm512_setzero_si512();
   VRAMKIT_UNROLL
-  for (int i = 0; i < count; ++i) sums[i] = _mm512_setzero_ps();
+  for (int i = 0; i < count; ++i) {
+    sums[i] = _mm512_setzero_ps();
+    asm volatile("" : "+v"(sums[i]));  // equal sums would be computed once
+  }
   for (std::int64_t r = 0; r < rounds; ++r) {
     asm volatile("" : "+v"(x));  // nothing to hoist
     VRAMKIT_UNROLL

@@ -301,7 +301,10 @@ std::int64_t spin(DType, std::int64_t rounds) {
   F sums[count], x = Simd::set1(0.0f);
   const F w = Simd::set1(0.0f);
 #pragma GCC unroll 12
-  for (int i = 0; i < count; ++i) sums[i] = Simd::set1(0.0f);
+  for (int i = 0; i < count; ++i) {
+    sums[i] = Simd::set1(0.0f);
+    asm volatile("" : "+v"(sums[i]));  // equal sums would be computed once
+  }
   for (std::int64_t r = 0; r < rounds; ++r) {
     asm volatile("" : "+v"(x));  // nothing to hoist
 #pragma GCC unroll 12

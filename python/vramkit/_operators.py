@@ -39,7 +39,7 @@ _FUSED_ROWS_ELSEWHERE = 8
 # Without AVX-512 BF16 torch multiplies bfloat16 at a half to a quarter of float32's rate.
 _BF16_PRODUCTS = "avx512" in _core.available_isas()
 # Bytes of one decoded panel: it fits the shared cache, and few barriers are met.
-_PANEL_BYTES = 4 << 20
+_PANEL_BYTES = 8 << 20
 
 
 def _native_format(spec: list[int], table: Tensor | None) -> _core.Format:
@@ -151,6 +151,12 @@ def fused_rows(dtype: torch.dtype) -> int:
     return _FUSED_ROWS.get((_core.active_isa(), dtype), _FUSED_ROWS_ELSEWHERE)
 
 
+def _from_packed(spec: list[int], x: Tensor, count: int) -> bool:
+    """Whether a product with `count` rows of x is left to the kernel on the packed weight."""
+    most = _FUSED_ROWS_ELSEWHERE if _is_plain(spec, x) else fused_rows(x.dtype)
+    return _separable(spec, x.shape[-1]) and count <= most
+
+
 def _is_plain(spec: list[int], x: Tensor) -> bool:
     """Whether the codes are the weight itself in x's dtype, which torch multiplies at full rate."""
     stored = {_ENCODER_FP16: torch.float16, _ENCODER_BF16: torch.bfloat16}.get(spec[_ENCODER])
@@ -175,7 +181,7 @@ def _linear(
     out = torch.empty((count, out_features), dtype=x.dtype, device=x.device)
     if not out.numel():
         return out.reshape(*x.shape[:-1], out_features)
-    if _separable(spec, cols) and count <= fused_rows(x.dtype):
+    if _from_packed(spec, x, count):
         wide = None if bias is None else bias.to(torch.float32)
         _ops._linear_out(matrix, codes, scales, extra, table, wide, spec, out)
         return out.reshape(*x.shape[:-1], out_features)
@@ -269,7 +275,7 @@ def workspace_bytes(name: str, args: tuple[Any, ...]) -> int:
     x, spec, out_features = args[0], args[6], args[7]
     cols = x.shape[-1]
     count = x.numel() // cols if cols else 0
-    if _separable(spec, cols) and count <= fused_rows(x.dtype):
+    if _from_packed(spec, x, count):
         bias = args[5]
         return 0 if bias is None or bias.dtype == torch.float32 else 4 * out_features
     if _is_plain(spec, x):
