@@ -31,7 +31,7 @@ PEERS: dict[str, tuple[str, ...]] = {
 # (in, out) features of Linears in SmolLM2-135M and in Qwen-Image's transformer.
 SHAPES = ((4096, 4096), (576, 1536), (3072, 12288))
 _CACHE_BYTES = 96 << 20  # more than the caches of the machines in use
-# A float32 sum over this many elements is one FMA for each scale of a vector of columns.
+# Elements that one dot-product instruction takes; a scale costs one FMA beside them.
 _LANES = 32
 
 

@@ -1,7 +1,7 @@
 // Decoding to bfloat16 by tables of sixteen-bit values, 32 elements at a time, on AVX-512: the same
 // bits as `dequantize`, for the formats and shapes where a table can be made per group or row.
 #pragma once
-#include "cpu/bf16_linear.hpp"
+#include "cpu/bf16_decoders.hpp"
 
 namespace vramkit::cpu {
 namespace {

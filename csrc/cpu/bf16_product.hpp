@@ -13,6 +13,7 @@
 //            [ . . . . . . ]
 #pragma once
 #include "cpu/bf16_dequantize.hpp"
+#include "cpu/bf16_linear.hpp"
 
 namespace vramkit::cpu {
 namespace {

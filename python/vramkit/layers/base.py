@@ -356,6 +356,14 @@ def in_transform() -> bool:
     return level >= 0 or torch._C._are_functorch_transforms_active()
 
 
+def no_transform(fmt: StorageFormat) -> NotImplementedError:
+    """The error of a layer that rounds its activations, within a transform."""
+    return NotImplementedError(
+        f"{fmt.name} rounds activations, which torch.func and forward-mode derivatives cannot "
+        "follow; vramkit.restore the layer or convert it to int8"
+    )
+
+
 def check_float(x: Tensor, layer: str) -> None:
     """Refuse inputs that no kernel takes."""
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):

@@ -9,7 +9,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .._operators_int8 import linear_int8, run_linear_int8, unobserved
-from .base import QuantizedLayer, autocast_dtype, check_float, in_transform, register_kind
+from .base import (
+    QuantizedLayer,
+    autocast_dtype,
+    check_float,
+    in_transform,
+    no_transform,
+    register_kind,
+)
 
 
 class QuantizedLinear(QuantizedLayer, nn.Linear):
@@ -47,10 +54,7 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
             )
         if in_transform():
             if fmt.activations:
-                raise NotImplementedError(
-                    f"{fmt.name} rounds activations, which torch.func and forward-mode derivatives "
-                    "cannot follow; vramkit.restore the layer or convert it to int8"
-                )
+                raise no_transform(fmt)
             bias = self.bias if self.bias is None else self.bias.to(x.dtype)
             return functional.linear(x, self.dense_weight(x.dtype), bias)
         if fmt.activations:

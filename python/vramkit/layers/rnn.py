@@ -17,7 +17,14 @@ from torch.nn.utils.rnn import PackedSequence
 from .._operators import _product_dtype
 from .._operators_int8 import linear_int8
 from .._recurrent import STEPS, recurrent_int8, step_by_step
-from .base import QuantizedLayer, autocast_dtype, check_float, in_transform, register_kind
+from .base import (
+    QuantizedLayer,
+    autocast_dtype,
+    check_float,
+    in_transform,
+    no_transform,
+    register_kind,
+)
 
 
 class _Recurrent(QuantizedLayer):
@@ -27,12 +34,9 @@ class _Recurrent(QuantizedLayer):
 
     def _rounds(self) -> bool:
         """Whether activations of any of its products are quantized; refuses what cannot be."""
-        rounding = [s.fmt.name for s in self._stored.values() if s.fmt.activations]
+        rounding = [s.fmt for s in self._stored.values() if s.fmt.activations]
         if rounding and in_transform():
-            raise NotImplementedError(
-                f"{rounding[0]} rounds activations, which torch.func and forward-mode derivatives "
-                "cannot follow; vramkit.restore the layer or convert it to int8"
-            )
+            raise no_transform(rounding[0])
         return bool(rounding)
 
     def _int8_parts(self, names: list[str]) -> tuple[list[Tensor], float] | None:
