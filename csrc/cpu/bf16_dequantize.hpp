@@ -1,6 +1,8 @@
 // Decoding to bfloat16 by tables of sixteen-bit values, 32 elements at a time, on AVX-512: the same
 // bits as `dequantize`, for the formats and shapes where a table can be made per group or row.
 #pragma once
+#include <cmath>
+
 #include "cpu/bf16_decoders.hpp"
 
 namespace vramkit::cpu {
@@ -70,6 +72,30 @@ void decode_signed(const Weight& weight, float scale, std::int64_t r, std::uint1
   _mm512_mask_storeu_epi16(out + k, keep, decode(_mm256_maskz_loadu_epi8(keep, codes + k)));
 }
 
+// Whether products of eight-bit integers and this scale are zero, normal or infinite: the
+// processor's own rounding to bfloat16 takes denormal numbers for zero.
+bool rounds_natively(float scale) { return std::isnormal(scale); }
+
+// Row r of eight-bit integers with one scale.
+void decode_integers(const Weight& weight, float scale, std::int64_t r, std::uint16_t* out) {
+  const std::uint8_t* codes = weight.codes + r * weight.at.row_code_bytes;
+  const F by = _mm512_set1_ps(scale);
+  auto half = [&](__m128i bytes) __attribute__((always_inline)) {
+    return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)), by);
+  };
+  auto decode = [&](__m256i bytes) __attribute__((always_inline)) {
+    return (__m512i)_mm512_cvtne2ps_pbh(half(_mm256_extracti128_si256(bytes, 1)),
+                                        half(_mm256_castsi256_si128(bytes)));
+  };
+  std::int64_t k = 0;
+  for (; k + 32 <= weight.at.cols; k += 32) {
+    _mm512_storeu_si512(out + k, decode(load_bytes32(codes + k)));
+  }
+  if (k == weight.at.cols) return;
+  const __mmask32 keep = (1u << (weight.at.cols - k)) - 1u;
+  _mm512_mask_storeu_epi16(out + k, keep, decode(_mm256_maskz_loadu_epi8(keep, codes + k)));
+}
+
 // Kernels::dequantize of the AVX-512 unit.
 void dequantize_avx512(const Weight& weight, std::int64_t begin, std::int64_t end, void* out,
                        DType type, std::int64_t stride) {
@@ -79,14 +105,20 @@ void dequantize_avx512(const Weight& weight, std::int64_t begin, std::int64_t en
       format.bits == 4 && at.cols % 32 == 0 && (at.groups_per_row == 1 || at.group % 32 == 0);
   const bool is_signed = format.bits == 8 && format.family == Family::codebook &&
                          at.groups_per_row == 1 && SignedTable::fits(weight.table);
-  if (type != DType::bf16 || !(nibbles || is_signed)) {
+  const bool integers =
+      format.bits == 8 && format.family == Family::affine && at.groups_per_row == 1;
+  if (type != DType::bf16 || !(nibbles || is_signed || integers)) {
     return dequantize(weight, begin, end, out, type, stride);
   }
   const Scales scales(weight);
   auto* target = static_cast<std::uint16_t*>(out);
   for (std::int64_t r = begin; r < end; ++r, target += stride) {
     const float* scale = scales.row(r);
-    if (nibbles) {
+    if (integers && !rounds_natively(scale[0])) {
+      dequantize(weight, r, r + 1, target, type, stride);
+    } else if (integers) {
+      decode_integers(weight, scale[0], r, target);
+    } else if (nibbles) {
       decode_nibbles(weight, scale, r, target);
     } else {
       decode_signed(weight, scale[0], r, target);

@@ -31,6 +31,8 @@ from .formats import (
 from .host_pool import new_tensor
 
 _ops = torch.ops.vramkit
+_linear_out = _ops._linear_out.default
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # Rows of x up to which a kernel takes the packed weight itself, by its unit and x's dtype; with
 # more rows, decoding a panel of the weight for torch's own product is faster. Measured by
 # `python -m benchmarks cpu` (benchmarks/README.md).
@@ -163,7 +165,29 @@ def _is_plain(spec: list[int], x: Tensor) -> bool:
     return stored == x.dtype == _product_dtype(x)
 
 
-def _linear(
+def unobserved(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether a call on `x` may go to its kernel directly, past autograd and the dispatcher.
+
+    `others` are the operator's further inputs that could need a gradient.
+
+    Small layers take a few microseconds, as does that way: a plain CPU tensor with no gradient to
+    record, no mode and no compiler that would want to see the call.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and not (
+            torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others))
+        )
+        and type(x) is Tensor
+        and x.device.type == "cpu"
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._len_torch_function_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch.autograd.forward_ad._current_level < 0
+    )
+
+
+def run_linear(
     x: Tensor,
     codes: Tensor,
     scales: Tensor,
@@ -173,25 +197,27 @@ def _linear(
     spec: list[int],
     out_features: int,
 ) -> Tensor:
+    """x W^T + bias without autograd; see `torch.ops.vramkit.linear`."""
+    # Written for few steps: on a small layer each takes as long as some of the arithmetic.
     cols = x.shape[-1]
-    matrix = x.reshape(-1, cols)
+    matrix = x if x.dim() == 2 else x.reshape(-1, cols)
     if cols > 1 and matrix.stride(1) != 1:
         matrix = matrix.contiguous()
     count = matrix.shape[0]
-    out = torch.empty((count, out_features), dtype=x.dtype, device=x.device)
-    if not out.numel():
+    out = matrix.new_empty((count, out_features))
+    if not out_features or not count:
         return out.reshape(*x.shape[:-1], out_features)
     if _from_packed(spec, x, count):
-        wide = None if bias is None else bias.to(torch.float32)
-        _ops._linear_out(matrix, codes, scales, extra, table, wide, spec, out)
-        return out.reshape(*x.shape[:-1], out_features)
-    if _is_plain(spec, x):
-        torch.mm(matrix, codes.view(x.dtype).t(), out=out)
+        wide = bias if bias is None or bias.dtype == torch.float32 else bias.to(torch.float32)
+        _linear_out(matrix, codes, scales, extra, table, wide, spec, out)
     else:
-        _panel_product(matrix, codes, scales, extra, table, spec, out)
-    if bias is not None:
-        out += bias
-    return out.reshape(*x.shape[:-1], out_features)
+        if _is_plain(spec, x):
+            torch.mm(matrix, codes.view(x.dtype).t(), out=out)
+        else:
+            _panel_product(matrix, codes, scales, extra, table, spec, out)
+        if bias is not None:
+            out += bias
+    return out if x.dim() == 2 else out.reshape(*x.shape[:-1], out_features)
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
@@ -293,7 +319,7 @@ for _key in ("CPU",):  # CUDA kernels come with the CUDA milestone (docs/gpu-sta
     _library.impl("quantize", _quantize, _key)
     _library.impl("dequantize", _dequantize, _key)
     _library.impl("dequantize_rows", _dequantize_rows, _key)
-    _library.impl("linear", _linear, _key)
+    _library.impl("linear", run_linear, _key)
     _library.impl("embedding", _embedding, _key)
 
 
@@ -445,7 +471,7 @@ def encode(weight: Tensor, fmt: StorageFormat, lead: int = 1) -> StoredParts:
     Its first `lead` dimensions are rows, each with scales of its own.
     """
     source = weight.detach()
-    if source.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if source.dtype not in FLOATS:
         if not source.dtype.is_floating_point:
             raise TypeError(f"cannot quantize a weight of dtype {source.dtype}")
         source = source.to(torch.float32)

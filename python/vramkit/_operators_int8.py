@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _native  # noqa: F401  (defines the schemas)
-from ._operators import _library
+from ._operators import FLOATS, _library, unobserved
 from .formats import get_format
 
 _ops = torch.ops.vramkit
@@ -22,7 +22,6 @@ ACTIVATIONS = ("none", "gelu", "gelu_tanh", "silu")
 # Products longer than this could leave int32 (csrc/cpu/int8.hpp).
 LONGEST_ROW = 1 << 17
 _BLOCK = 2048  # columns of quantized x that lie together, and their padding: as in int8.hpp
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def workspace_bytes(rows: int, cols: int, threshold: float) -> int:
@@ -66,7 +65,7 @@ def run_linear_int8(
     with infinity too) gives a row of NaN.
     """
     index = _activation_index(activation)
-    if x.dtype not in _FLOATS:
+    if x.dtype not in FLOATS:
         raise TypeError(f"linear_int8 takes float32, bfloat16 or float16 input, got {x.dtype}")
     if not threshold >= 0.0:
         raise ValueError(f"the threshold must be 0 (none) or positive, got {threshold}")
@@ -94,7 +93,7 @@ def _quantize_rows(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]
     What bitsandbytes' int8_vectorwise_quant gives: elements of magnitude >= threshold (if that is
     positive) are left out of the absmax, and their columns are zero in every row.
     """
-    if x.dim() != 2 or x.dtype not in _FLOATS:
+    if x.dim() != 2 or x.dtype not in FLOATS:
         raise TypeError(
             f"quantize_rows takes a float32, bfloat16 or float16 matrix, got {x.dtype} "
             f"{list(x.shape)}"
@@ -194,24 +193,6 @@ torch.library.register_autograd(
 )
 
 
-def unobserved(x: Tensor) -> bool:
-    """Whether a call on `x` may go to its kernel directly, past autograd and the dispatcher.
-
-    Small layers take a few microseconds, as does that way: a plain CPU tensor with no gradient to
-    record, no mode and no compiler that would want to see the call.
-    """
-    return (
-        not torch.compiler.is_compiling()
-        and not torch.is_grad_enabled()
-        and type(x) is Tensor
-        and x.device.type == "cpu"
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._len_torch_function_stack()
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch.autograd.forward_ad._current_level < 0
-    )
-
-
 def linear_int8(
     x: Tensor,
     codes: Tensor,
@@ -222,7 +203,7 @@ def linear_int8(
     out_features: int,
 ) -> Tensor:
     """`torch.ops.vramkit.linear_int8`, without its dispatch where nothing looks on."""
-    if unobserved(x):
+    if unobserved(x, bias):
         return run_linear_int8(x, codes, scales, bias, threshold, activation, out_features)
     out: Tensor = _ops.linear_int8(x, codes, scales, bias, threshold, activation, out_features)
     return out

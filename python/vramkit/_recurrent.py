@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from . import _native  # noqa: F401  (defines the schemas)
-from ._operators import _library
-from ._operators_int8 import consecutive, unobserved
+from ._operators import _library, unobserved
+from ._operators_int8 import consecutive
 from ._operators_int8 import workspace_bytes as rows_bytes
 
 _ops = torch.ops.vramkit
@@ -254,6 +254,7 @@ torch.library.register_autograd(
 
 def recurrent_int8(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """`torch.ops.vramkit.recurrent_int8`, without its dispatch where nothing looks on."""
-    run = run_recurrent_int8 if unobserved(args[0]) else _ops.recurrent_int8
+    tensors = (value for value in args[1:] if isinstance(value, Tensor))
+    run = run_recurrent_int8 if unobserved(args[0], *tensors) else _ops.recurrent_int8
     out: tuple[Tensor, Tensor, Tensor] = run(*args)
     return out

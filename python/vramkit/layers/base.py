@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._operators import StoredParts, encode_again, matrix_shape
+from .._operators import FLOATS, StoredParts, encode_again, matrix_shape
 from ..formats import StorageFormat
 from .lazy import LazyWeight, is_writable, refuse, writable
 
@@ -366,7 +366,7 @@ def no_transform(fmt: StorageFormat) -> NotImplementedError:
 
 def check_float(x: Tensor, layer: str) -> None:
     """Refuse inputs that no kernel takes."""
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if x.dtype not in FLOATS:
         raise TypeError(
             f"{layer} takes float32, bfloat16 or float16 input, got {x.dtype}; cast it first"
         )

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .._operators_int8 import linear_int8, run_linear_int8, unobserved
+from .._operators import FLOATS, run_linear, unobserved
+from .._operators_int8 import linear_int8, run_linear_int8
 from .base import (
     QuantizedLayer,
     autocast_dtype,
@@ -35,14 +36,23 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output, [..., out_features]."""
         fmt = self._stored["weight"].fmt
-        if fmt.activations and unobserved(x) and not torch.is_autocast_enabled("cpu"):
-            # Small layers take a few microseconds: straight to the kernel, past module look-ups.
-            own: dict[str, Any] = self._parameters
-            if x.shape[-1:] == (self.in_features,):
+        # Past what module look-ups take: small layers need a few microseconds.
+        own: dict[str, Any] = self._parameters
+        if (
+            unobserved(x, own["bias"])
+            and x.shape[-1:] == (self.in_features,)
+            and x.dtype in FLOATS
+            and not torch.is_autocast_enabled("cpu")
+        ):
+            codes, scales, bias = own["codes"], own["scales"], own["bias"]
+            if fmt.activations:
                 return run_linear_int8(
-                    x, own["codes"], own["scales"], own["bias"], fmt.threshold, "none",
-                    self.out_features,
-                )  # fmt: skip
+                    x, codes, scales, bias, fmt.threshold, "none", self.out_features
+                )
+            table = fmt.table_on(codes.device)
+            return run_linear(
+                x, codes, scales, own["extra"], table, bias, fmt.spec, self.out_features
+            )
         dtype = autocast_dtype(x)
         if x.dtype != dtype:
             x = x.to(dtype)
