@@ -54,8 +54,7 @@ def build_skeleton(
     if factory is None:
         model = _from_transformers_config(folder)
     else:
-        with _parameters_on_meta():
-            model = factory()
+        model = _built_by(factory)
     if (folder / MANIFEST).is_file():
         return model.eval()
     checkpoint = Checkpoint(source)
@@ -64,6 +63,20 @@ def build_skeleton(
         if name in places:
             set_tensor(model, name, checkpoint.meta(places[name]), parameter.requires_grad)
     return model.eval()
+
+
+def _built_by(factory: Callable[[], nn.Module]) -> nn.Module:
+    try:
+        with _parameters_on_meta():
+            return factory()
+    except (NotImplementedError, RuntimeError) as error:
+        if "meta" not in str(error):
+            raise
+        raise CheckpointError(
+            "the factory computes with its parameters' values while it builds the module "
+            f"({str(error).splitlines()[0]}); here parameters have shapes but no values. Let the "
+            "factory build plain layers, without a parametrization, and add such steps afterwards"
+        ) from error
 
 
 def _from_transformers_config(folder: Path) -> nn.Module:

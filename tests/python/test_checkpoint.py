@@ -304,3 +304,19 @@ def test_parameters_without_gradient_stay_so(tmp_path: Path) -> None:
     loaded = vramkit.load(tmp_path / "a.safetensors", factory=factory)
     assert loaded.weight.requires_grad
     assert not loaded.bias.requires_grad
+
+
+def test_a_factory_that_needs_values_is_told_so(tmp_path: Path) -> None:
+    def orthogonal() -> nn.Module:
+        model = nn.Sequential(nn.Linear(64, 64))
+        torch.nn.utils.parametrizations.orthogonal(model[0])
+        return model
+
+    model = orthogonal()
+    vramkit.convert(model, "int8")  # folds the parametrization
+    vramkit.save(model, tmp_path / "a")
+    with pytest.raises(vramkit.CheckpointError, match="plain layers"):
+        vramkit.load(tmp_path / "a", factory=orthogonal)
+    loaded = vramkit.load(tmp_path / "a", factory=lambda: nn.Sequential(nn.Linear(64, 64)))
+    x = torch.randn(3, 64)
+    assert torch.equal(loaded(x), model(x))
