@@ -122,8 +122,8 @@ template <class Decoder, int M, int R>
     }
   }
   VRAMKIT_UNROLL for (int m = 0; m < M; ++m) {
-    const auto first = (__m512bh)_mm512_loadu_si512(x + m * kChunk);
-    const auto second = (__m512bh)_mm512_loadu_si512(x + m * kChunk + 32);
+    const auto first = (__m512bh)in_register(_mm512_loadu_si512(x + m * kChunk));
+    const auto second = (__m512bh)in_register(_mm512_loadu_si512(x + m * kChunk + 32));
     VRAMKIT_UNROLL for (int r = 0; r < R; ++r) {
       sums[m * R + r] = _mm512_dpbf16_ps(sums[m * R + r], first, pair[r].first);
       sums[m * R + r] = _mm512_dpbf16_ps(sums[m * R + r], second, pair[r].second);
