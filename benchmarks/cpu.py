@@ -8,6 +8,7 @@ instruction, to which formats with a scale for each block of a row add an FMA a 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -115,17 +116,16 @@ def run(options: Any) -> tuple[dict[str, Any], list[str]]:
 def measure(case: Case) -> dict[str, Any]:
     """Seconds of ours and the peers, in turn, and the limit of the same minute."""
     dtype = DTYPES[case.dtype]
-    plain = nn.Linear(case.cols, case.out, bias=False).to(
-        torch.float32 if dtype == torch.float16 else dtype
-    )
     x = torch.randn(case.rows, case.cols).to(dtype)
-    work = {"ours": _rotating(plain, x, _converted(case.name), case.packed, case.cold)}
-    nbytes = plain.weight.numel() * plain.weight.element_size()
-    x_plain = x.to(plain.weight.dtype)
-    work[case.baseline] = _rotating(plain, x_plain, lambda m: m, nbytes, case.cold)
+    held = torch.float32 if dtype == torch.float16 else dtype
+    x_plain = x.to(held)
+    work = {
+        "ours": _rotating(case, held, case.name, x),
+        case.baseline: _rotating(case, held, "plain", x_plain),
+    }
     for peer in PEERS.get(case.name, ()) if dtype != torch.float16 else ():
         try:
-            work[peer] = _rotating(plain, x, MAKERS[peer], case.packed, case.cold)
+            work[peer] = _rotating(case, held, peer, x)
         except (ImportError, RuntimeError) as error:
             print(f"{peer}: not measured ({error})")
     rate, products = read_rate(), product_rate(x_plain.dtype)
@@ -191,30 +191,11 @@ def _missed(case: Case, result: dict[str, Any]) -> Iterator[str]:
         yield from slower("torch int4pack", 2 if case.rows == 512 else 1)
 
 
-def _converted(name: str) -> Callable[[nn.Module], nn.Module]:
-    def make(model: nn.Module) -> nn.Module:
-        vramkit.convert(model, name)
-        return model
-
-    return make
-
-
-def _rotating(
-    plain: nn.Linear,
-    x: torch.Tensor,
-    make: Callable[[nn.Module], nn.Module],
-    nbytes: int,
-    cold: bool,
-) -> Callable[[], Any]:
+def _rotating(case: Case, held: torch.dtype, what: str, x: torch.Tensor) -> Callable[[], Any]:
     """A call that runs the next of enough layers, so that its weight is in memory, or of one."""
-    layers = []
-    for _ in range(max(2, -(-_CACHE_BYTES // nbytes)) if cold else 1):
-        copy = nn.Linear(
-            plain.in_features, plain.out_features, bias=False, dtype=plain.weight.dtype
-        )
-        with torch.no_grad():
-            copy.weight.copy_(plain.weight)
-        layers.append(make(nn.Sequential(copy)))
+    nbytes = case.cols * case.out * held.itemsize if what == "plain" else case.packed
+    count = max(2, -(-_CACHE_BYTES // nbytes)) if case.cold else 1
+    layers = _layers(case.cols, case.out, held, what, count)
     with torch.inference_mode():
         for layer in layers:  # some repack their weight at the first call
             layer(x)
@@ -225,3 +206,21 @@ def _rotating(
             return next(turn)(x)
 
     return call
+
+
+@functools.lru_cache(maxsize=8)  # as many as a case has: the next one has other rows
+def _layers(cols: int, out: int, held: torch.dtype, what: str, count: int) -> list[nn.Module]:
+    """`count` layers with one random weight: plain, in a storage format, or a peer's."""
+    weight = torch.randn(out, cols).mul_(cols**-0.5).to(held)
+    made = []
+    for _ in range(count):
+        layer = nn.utils.skip_init(nn.Linear, cols, out, bias=False, dtype=held)
+        with torch.no_grad():
+            layer.weight.copy_(weight)
+        model: nn.Module = nn.Sequential(layer)
+        if what in MAKERS:
+            model = MAKERS[what](model)
+        elif what != "plain":
+            vramkit.convert(model, what)
+        made.append(model)
+    return made

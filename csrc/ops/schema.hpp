@@ -50,6 +50,8 @@ inline constexpr const char* kSchemas[] = {
     "int rows, int cols, int first_row, Tensor(a!) out) -> ()",
     "_linear_out(Tensor x, Tensor codes, Tensor scales, Tensor? extra, Tensor? table, "
     "Tensor? bias, int[] spec, Tensor(a!) out) -> ()",
+    "_panel_product_out(Tensor x, Tensor codes, Tensor scales, Tensor? extra, Tensor? table, "
+    "int[] spec, Tensor(a!) workspace, Tensor(b!) out) -> ()",
     "_embedding_out(Tensor indices, Tensor codes, Tensor scales, Tensor? extra, Tensor? table, "
     "int[] spec, int rows, Tensor(a!) out) -> ()",
     "_linear_int8_out(Tensor x, Tensor codes, Tensor scales, Tensor? bias, float threshold, "

@@ -40,8 +40,9 @@ _FUSED_ROWS = {("avx512", torch.bfloat16): 96}
 _FUSED_ROWS_ELSEWHERE = 8
 # Without AVX-512 BF16 torch multiplies bfloat16 at a half to a quarter of float32's rate.
 _BF16_PRODUCTS = "avx512" in _core.available_isas()
-# Bytes of one decoded panel: it fits the shared cache, and few barriers are met.
+# Bytes of the decoded panels of all threads: they fit the shared cache.
 _PANEL_BYTES = 8 << 20
+_LEAST_PANEL_ROWS = 64  # with fewer rows torch's product is slow
 
 
 def _native_format(spec: list[int], table: Tensor | None) -> _core.Format:
@@ -143,11 +144,6 @@ def _dequantize_rows(
     return out.to(dtype)
 
 
-def panel_rows(cols: int, itemsize: int, rows: int) -> int:
-    """Weight rows that are decoded at a time before a product with many rows."""
-    return min(rows, max(64, _PANEL_BYTES // max(1, cols * itemsize)))
-
-
 def fused_rows(dtype: torch.dtype) -> int:
     """Rows of an input of `dtype` up to which its product takes the packed weight itself."""
     return _FUSED_ROWS.get((_core.active_isa(), dtype), _FUSED_ROWS_ELSEWHERE)
@@ -239,16 +235,28 @@ def _panel_product(
     rows, cols = out.shape[1], matrix.shape[1]
     dtype = _product_dtype(matrix)
     wide = matrix.to(dtype)
-    step = panel_rows(cols, dtype.itemsize, rows) if _separable(spec, cols) else rows
-    panel = new_tensor((step, cols), dtype, matrix.device)
-    for first in range(0, rows, step):
-        part = panel[: min(step, rows - first)]
-        _ops._dequantize_out(codes, scales, extra, table, spec, rows, cols, first, part)
-        target = out[:, first : first + part.shape[0]]
-        if dtype == out.dtype:
-            torch.mm(wide, part.t(), out=target)
-        else:
-            target.copy_(torch.mm(wide, part.t()))
+    if _separable(spec, cols):
+        shape = _panel_workspace(rows, cols, matrix.shape[0], dtype, out.dtype)
+        workspace = new_tensor(shape, torch.uint8, matrix.device)
+        _ops._panel_product_out(wide, codes, scales, extra, table, spec, workspace, out)
+        return
+    weight = new_tensor((rows, cols), dtype, matrix.device)
+    _ops._dequantize_out(codes, scales, extra, table, spec, rows, cols, 0, weight)
+    if dtype == out.dtype:
+        torch.mm(wide, weight.t(), out=out)
+    else:
+        out.copy_(torch.mm(wide, weight.t()))
+
+
+def _panel_workspace(
+    rows: int, cols: int, count: int, dtype: torch.dtype, out_dtype: torch.dtype
+) -> tuple[int, int]:
+    """[tasks, bytes of each]: a thread's decoded panel, and its products where out is narrower."""
+    tasks = max(1, min(torch.get_num_threads(), rows // _LEAST_PANEL_ROWS))
+    each = -(-rows // tasks) + 15  # tasks begin at multiples of 16
+    step = min(each, max(_LEAST_PANEL_ROWS, _PANEL_BYTES // max(1, tasks * cols * dtype.itemsize)))
+    columns = cols if dtype == out_dtype else cols + count
+    return tasks, -(-step * columns * dtype.itemsize // 64) * 64
 
 
 def _embedding(
@@ -307,11 +315,11 @@ def workspace_bytes(name: str, args: tuple[Any, ...]) -> int:
     if _is_plain(spec, x):
         return 0
     dtype = _product_dtype(x)
-    rows = (
-        panel_rows(cols, dtype.itemsize, out_features) if _separable(spec, cols) else out_features
-    )
-    extra = 0 if dtype == x.dtype else (count * cols + count * rows) * dtype.itemsize
-    return rows * cols * dtype.itemsize + extra
+    copies = 0 if dtype == x.dtype else count * cols * dtype.itemsize
+    if _separable(spec, cols):
+        return math.prod(_panel_workspace(out_features, cols, count, dtype, x.dtype)) + copies
+    products = 0 if dtype == x.dtype else count * out_features * dtype.itemsize
+    return out_features * cols * dtype.itemsize + copies + products
 
 
 _library = torch.library.Library("vramkit", "IMPL")
