@@ -213,7 +213,8 @@ template <class Decoder, int M, int R, int groups>
 void linear_chunks(const Weight& weight, const void* x, std::int64_t count, std::int64_t x_stride,
                    const float* bias, void* out, std::int64_t out_stride, std::int64_t begin,
                    std::int64_t end) {
-  constexpr std::int64_t block = (8 << 10) / (M * kChunk);  // chunks: 16 KiB of x
+  // Chunks: 24 KiB of x, or 16 beside codes of 16 bits.
+  constexpr std::int64_t block = ((Decoder::bits == 16 ? 8 : 12) << 10) / (M * kChunk);
   constexpr std::int64_t most_rows = 16;
   const std::int64_t cols = weight.at.cols, all = (cols + kChunk - 1) / kChunk;
   const std::int64_t rows_in_turn = all > block ? most_rows : R;
