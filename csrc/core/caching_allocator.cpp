@@ -10,12 +10,6 @@
 namespace vramkit {
 namespace {
 
-constexpr std::int64_t kMostReserved = std::int64_t{1} << 62;
-
-std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
-
 int log2_floor(std::int64_t value) {
   return 63 - std::countl_zero(static_cast<std::uint64_t>(value));
 }
@@ -153,6 +147,13 @@ void CachingAllocator::free_block(BlockIndex b) {
   insert_free(b);
 }
 
+void CachingAllocator::check_reserved(std::int64_t added) const {
+  if (counters_.reserved + added > kMostReserved) {
+    throw InvalidArgument(
+        "more than 2^62 bytes would be reserved; set a limit, and check that sizes are in bytes");
+  }
+}
+
 void CachingAllocator::reserve(std::int64_t bytes) {
   counters_.reserved += bytes;
   counters_.reserved_high = std::max(counters_.reserved_high, counters_.reserved);
@@ -230,11 +231,7 @@ CachingAllocator::BlockIndex CachingAllocator::take_new(std::int32_t pool, std::
   if (config_.limit && counters_.reserved + wanted > *config_.limit) return kNone;
   if (config_.expandable_segments) return expand(pool, size);
   if (config_.device_memory && counters_.reserved + wanted > *config_.device_memory) return kNone;
-  if (counters_.reserved + wanted > kMostReserved) {
-    throw InvalidArgument(
-        "more than 2^62 bytes would be reserved; set a limit, and check that "
-        "sizes are in bytes");
-  }
+  check_reserved(wanted);
   const std::int32_t segment = new_segment(pool, 0);
   const BlockIndex b = new_block(segment, 0, wanted);
   segments_[static_cast<std::size_t>(segment)].head = b;
@@ -373,118 +370,6 @@ void CachingAllocator::release_all(bool small) {
       give_back(b);
     }
   }
-}
-
-// --- Expandable segments ---------------------------------------------------------------------
-
-// Maps memory behind the lowest address that has room for `size`; the block that results is in no
-// list. kNone if the device has no more; what was mapped on the way stays, as cached memory.
-CachingAllocator::BlockIndex CachingAllocator::expand(std::int32_t pool, std::int64_t size) {
-  BlockIndex b = find_expandable(pool, size);
-  if (block(b).state == BlockState::unmapped && !map(b, std::min(block(b).size, size))) {
-    return kNone;
-  }
-  while (block(b).size < size) {
-    const BlockIndex next = block(b).next;
-    if (!map(next, std::min(size - block(b).size, block(next).size))) return kNone;
-    b = next;  // it has taken in the block before it
-  }
-  erase_free(b);
-  return b;
-}
-
-// The first of a row of free and unmapped blocks that together have room for `size`; a new segment
-// if there is none.
-CachingAllocator::BlockIndex CachingAllocator::find_expandable(std::int32_t pool_number,
-                                                               std::int64_t size) {
-  Pool& pool = pools_[static_cast<std::size_t>(pool_number)];
-  const auto available = [&](BlockIndex b) {
-    return b != kNone &&
-           (block(b).state == BlockState::free || block(b).state == BlockState::unmapped);
-  };
-  for (const UnmappedKey& key : pool.unmapped) {
-    BlockIndex first = key.block;
-    if (available(block(first).prev)) first = block(first).prev;
-    std::int64_t room = 0;
-    for (BlockIndex b = first; room < size && available(b); b = block(b).next) {
-      room += block(b).size;
-    }
-    if (room >= size) return first;
-  }
-  const std::int64_t granule = pool.small ? kAllocatorSmallSegment : config_.large_segment_size;
-  // torch reserves addresses for 9/8 of the device's memory.
-  const std::int64_t memory =
-      config_.device_memory.value_or(config_.limit.value_or(kAllocatorMostBytes));
-  const std::int64_t space = std::max(memory + memory / 8, size);
-  const std::int32_t segment = new_segment(pool_number, granule);
-  const BlockIndex b = new_block(segment, 0, round_up(space, granule));
-  segments_[static_cast<std::size_t>(segment)].head = b;
-  insert_unmapped(b);
-  return b;
-}
-
-// Puts memory behind the first `size` bytes of an unmapped block, in whole granules. The block then
-// is a free one that has taken in its free neighbours. False, and nothing done, if the device has
-// no more.
-bool CachingAllocator::map(BlockIndex b, std::int64_t size) {
-  const std::int64_t bytes = round_up(size, segment_of(block(b)).granule);
-  if (config_.device_memory && counters_.reserved + bytes > *config_.device_memory) return false;
-  if (counters_.reserved + bytes > kMostReserved) {
-    throw InvalidArgument(
-        "more than 2^62 bytes would be reserved; set a limit, and check that "
-        "sizes are in bytes");
-  }
-  erase_unmapped(b);
-  block(b).state = BlockState::free;
-  const std::int64_t left = block(b).size - bytes;
-  if (left > 0) {
-    const BlockIndex rest = new_block(block(b).segment, block(b).offset + bytes, left);
-    block(b).size = bytes;
-    link_after(b, rest);
-    insert_unmapped(rest);
-  }
-  merge(b, block(b).prev);
-  merge(b, block(b).next);
-  insert_free(b);
-  reserve(bytes);
-  return true;
-}
-
-// Takes the memory from behind the whole granules of a free block. A segment with nothing mapped
-// is given up.
-void CachingAllocator::unmap(BlockIndex b) {
-  const std::int64_t granule = segment_of(block(b)).granule;
-  const std::int64_t begin = round_up(block(b).offset, granule);
-  const std::int64_t end = (block(b).offset + block(b).size) / granule * granule;
-  if (begin >= end) return;
-  erase_free(b);
-  const std::int64_t before = begin - block(b).offset;
-  const std::int64_t after = block(b).offset + block(b).size - end;
-  if (after > 0) {
-    const BlockIndex rest = new_block(block(b).segment, end, after);
-    link_after(b, rest);
-    insert_free(rest);
-  }
-  if (before > 0) {
-    const BlockIndex rest = new_block(block(b).segment, begin, end - begin);
-    link_after(b, rest);
-    block(b).size = before;
-    insert_free(b);
-    b = rest;
-  }
-  block(b).offset = begin;
-  block(b).size = end - begin;
-  block(b).state = BlockState::unmapped;
-  merge(b, block(b).prev);
-  merge(b, block(b).next);
-  unreserve(end - begin);
-  if (block(b).prev == kNone && block(b).next == kNone) {
-    segment_of(block(b)).head = kNone;
-    spare_segments_.push_back(block(b).segment);
-    drop_block(b);
-    return;
-  }
-  insert_unmapped(b);
 }
 
 // --- What there is ---------------------------------------------------------------------------

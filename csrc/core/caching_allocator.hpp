@@ -91,6 +91,11 @@ class CachingAllocator {
 
  private:
   static constexpr BlockIndex kNone = -1;
+  static constexpr std::int64_t kMostReserved = std::int64_t{1} << 62;
+
+  static std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
+    return (value + multiple - 1) / multiple * multiple;
+  }
 
   struct Block {
     std::int64_t offset = 0, size = 0, requested = 0, owner = -1;
@@ -156,6 +161,7 @@ class CachingAllocator {
   BlockIndex take_cached(std::int32_t pool, std::int64_t size);
   BlockIndex take_new(std::int32_t pool, std::int64_t size);
   void cut(BlockIndex b, std::int64_t size);
+  void check_reserved(std::int64_t added) const;  // throws past kMostReserved
   void reserve(std::int64_t bytes);
   void unreserve(std::int64_t bytes);
 
