@@ -150,6 +150,8 @@ void bind_parts(py::module_& m) {
       .def_readonly("event", &OutOfMemory::event, "index of the allocation that failed")
       .def_readonly("id", &OutOfMemory::id)
       .def_readonly("requested_bytes", &OutOfMemory::requested)
+      .def_readonly("needed_bytes", &OutOfMemory::needed,
+                    "what it would have taken from the device: the segment for it")
       .def_readonly("free_bytes", &OutOfMemory::free, "what the limit and the device still left")
       .def_readonly("reserved_bytes", &OutOfMemory::reserved)
       .def_readonly("allocated_bytes", &OutOfMemory::allocated)

@@ -213,6 +213,7 @@ class Replay {
         std::min(config_.limit.value_or(std::numeric_limits<std::int64_t>::max()),
                  config_.device_memory.value_or(std::numeric_limits<std::int64_t>::max()));
     result_.out_of_memory = {index, event.id, event.bytes,
+                             cuda() ? caching_.device_bytes(event.bytes) : event.bytes,
                              // Expandable segments can pass the limit by less than a granule.
                              std::max(bound - counters().reserved, std::int64_t{0}),
                              counters().reserved, counters().allocated, event.stream, event.tag};

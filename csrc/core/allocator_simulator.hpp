@@ -47,6 +47,7 @@ struct OutOfMemory {
   std::int64_t event = 0;  // its index
   std::int64_t id = 0;
   std::int64_t requested = 0;  // bytes
+  std::int64_t needed = 0;     // bytes that it would have taken from the device
   std::int64_t free = 0;       // bytes that the limit and the device left at that time
   std::int64_t reserved = 0;   // bytes, all cached memory having been given back
   std::int64_t allocated = 0;  // bytes of live blocks

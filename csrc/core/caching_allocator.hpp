@@ -85,6 +85,8 @@ class CachingAllocator {
   void empty_cache();
 
   std::int64_t bytes(BlockIndex block) const { return blocks_[at(block)].size; }
+  // What a request of `bytes` takes from the device where no cached block answers it.
+  std::int64_t device_bytes(std::int64_t bytes) const { return segment_bytes(round(bytes)); }
   AllocatorCounters& counters() { return counters_; }
   // By serial and offset.
   std::vector<SegmentInfo> segments() const;
