@@ -58,6 +58,7 @@ class Allocator:
         self.serial = 0
         self.searches = {True: 0, False: 0}
         self.reserved = self.reserved_high = self.takes = self.gives = self.retries = 0
+        self.swept = self.oversized = 0  # segments given back by age, and by max_split_size
 
     # -- sizes
 
@@ -244,6 +245,7 @@ class Allocator:
                     count -= 1
                     pool.remove(s)
                     self.drop(s)
+                    self.swept += 1
 
     def release_oversize(self, size: int, stream: int, small: bool) -> bool:
         oversize = self.options.max_split_size
@@ -255,6 +257,7 @@ class Allocator:
             if b.size >= wanted:
                 assert self.whole(s)
                 self.drop(s)
+                self.oversized += 1
                 return True
         released = 0
         for s, b in reversed(free):
@@ -263,6 +266,7 @@ class Allocator:
             assert self.whole(s)
             released += b.size
             self.drop(s)
+            self.oversized += 1
         return released >= wanted
 
     def empty_cache(self) -> None:
@@ -382,6 +386,8 @@ class Result:
     gives: int = 0
     retries: int = 0
     awaiting: int = 0
+    swept: int = field(default=0, compare=False)
+    oversized: int = field(default=0, compare=False)
 
 
 def replay(events: list[tuple[int, int, int, int]], options: Options) -> Result:
@@ -429,5 +435,6 @@ def replay(events: list[tuple[int, int, int, int]], options: Options) -> Result:
             break
     result.layout = layout(allocator.segments)
     result.takes, result.gives = allocator.takes, allocator.gives
+    result.swept, result.oversized = allocator.swept, allocator.oversized
     result.retries, result.awaiting = allocator.retries, sum(b.size for b in waiting.values())
     return result
