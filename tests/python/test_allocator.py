@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from array import array
+from pathlib import Path
 from typing import Any
 
 import allocator_reference as reference
@@ -233,6 +235,22 @@ def peaks(*sizes: int, **options: Any) -> tuple[int, int]:
 )
 def test_one_request(size: int, allocated: int, reserved: int) -> None:
     assert peaks(size) == (allocated, reserved)
+
+
+def test_the_constants_are_those_of_torchs_headers() -> None:
+    header = Path(torch.__file__).with_name("include") / "c10" / "core" / "AllocatorConfig.h"
+    if not header.is_file() or "kMinLargeAlloc" not in header.read_text():
+        pytest.skip("this torch keeps the constants elsewhere, not in its headers")
+    text = header.read_text()
+    stated = {name: int(n) for name, n in re.findall(r"constexpr size_t (k\w+) = (\d+);", text)}
+    smallest, segment = peaks(1)
+    assert (stated["kMinBlockSize"], stated["kSmallBuffer"]) == (smallest, segment)
+    assert peaks(stated["kSmallSize"])[1] == segment
+    assert peaks(stated["kSmallSize"] + 1)[1] == _core.AllocatorConfig().large_segment_size
+    assert f"large_segment_size_{{{_core.AllocatorConfig().large_segment_size}}}" in text
+    alone = stated["kMinLargeAlloc"]
+    assert (peaks(alone - 512)[1], peaks(alone)[1]) == (20 * MIB, alone)
+    assert peaks(alone + 1)[1] == alone + stated["kRoundLarge"]
 
 
 @pytest.mark.parametrize(

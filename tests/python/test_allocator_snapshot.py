@@ -1,7 +1,8 @@
 """Recorded CUDA snapshots: read, replayed and compared.
 
 No GPU made these: they are written by hand from the schema that torch.cuda.memory._snapshot
-documents, with addresses and segments as the allocator's rules give them.
+documents, with addresses and segments as the allocator's rules give them. The last test records
+a real run, where there is a CUDA device.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import json
 from typing import Any
 
 import pytest
+import torch
+from conftest import RunPython
 from vramkit.allocator import COMPLETE, EMPTY_CACHE, MIB, RELEASE, USE, simulate
 from vramkit.allocator_snapshot import compare_snapshot, read_snapshot
 
@@ -300,3 +303,32 @@ def test_a_simulation_recorded_as_a_snapshot_agrees_with_itself() -> None:
     ]
     comparison = compare_snapshot(snapshot(trace, held))
     assert comparison.agrees, str(comparison)
+
+
+RECORD = """
+import sys
+import torch
+from vramkit.allocator_snapshot import compare_snapshot
+
+conf = sys.argv[1]
+torch.cuda.memory._record_memory_history()
+model = torch.nn.TransformerEncoderLayer(512, 8, 2048, batch_first=True).cuda()
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for rows in (4, 16, 9, 30):
+    model(torch.randn(rows, 200, 512, device="cuda")).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    if rows == 9:
+        torch.cuda.empty_cache()
+comparison = compare_snapshot(torch.cuda.memory._snapshot(), conf=conf)
+print(comparison)
+sys.exit(0 if comparison.agrees else 1)
+"""
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    "conf", ["", "expandable_segments:True", "roundup_power2_divisions:4,max_split_size_mb:64"]
+)
+def test_a_real_recording_agrees(conf: str, run_python: RunPython) -> None:
+    run_python(RECORD, conf, env={"PYTORCH_ALLOC_CONF": conf})
