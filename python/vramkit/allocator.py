@@ -11,7 +11,7 @@ from __future__ import annotations
 import operator
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeAlias
 
 import torch
@@ -128,7 +128,7 @@ class Simulation:
     device_frees: int
     retries: int
     out_of_memory: OutOfMemory | None
-    native: _core.ReplayResult
+    native: _core.ReplayResult = field(repr=False, compare=False)
 
     def timeline(self, max_points: int | None = 1000) -> list[TimelinePoint]:
         """The course of events, of at most `max_points` intervals; None: every event.
