@@ -1,6 +1,6 @@
 // torch's CUDA caching allocator without the device: which block answers which request, when a
 // segment is taken from the device and when it goes back. The rules are those of torch's
-// documentation and source (c10/cuda/CUDACachingAllocator.cpp, torch 2.5 to 2.15);
+// documentation and source (c10/cuda/CUDACachingAllocator.cpp, first with large_segment_size);
 // docs/allocator.md lists them. Addresses are pairs (segment, offset): segments count up in the
 // order in which they are taken, since where the driver puts them is not known.
 //
