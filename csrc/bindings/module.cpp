@@ -60,9 +60,9 @@ void bind_formats(py::module_& m) {
 }
 
 // Our exceptions become the package's own, looked up where they are defined.
-void raise(const char* name, const Error& error, std::int64_t needed = -1) {
+void raise(const char* name, const Error& error, std::int64_t detail = -1) {
   py::object type = py::module_::import("vramkit.errors").attr(name);
-  py::object instance = needed < 0 ? type(error.what()) : type(error.what(), needed);
+  py::object instance = detail < 0 ? type(error.what()) : type(error.what(), detail);
   PyErr_SetObject(type.ptr(), instance.ptr());
 }
 
@@ -71,6 +71,8 @@ void translate(std::exception_ptr thrown) {
     if (thrown) std::rethrow_exception(thrown);
   } catch (const BudgetError& error) {
     raise("BudgetError", error, error.needed());
+  } catch (const EventError& error) {
+    raise("EventError", error, error.event());
   } catch (const CheckpointError& error) {
     raise("CheckpointError", error);
   } catch (const SystemError& error) {
@@ -87,10 +89,11 @@ void translate(std::exception_ptr thrown) {
 }  // namespace vramkit::bindings
 
 PYBIND11_MODULE(_core, m) {
-  m.doc() = "vramkit's native core: formats, files, planner, ledger, memory.";
+  m.doc() = "vramkit's native core: formats, files, planner, allocator simulator, ledger, memory.";
   vramkit::bindings::bind_formats(m);
   vramkit::bindings::bind_checkpoint(m);
   vramkit::bindings::bind_planner(m);
+  vramkit::bindings::bind_allocator(m);
   vramkit::bindings::bind_host_pool(m);
   vramkit::bindings::bind_ledger(m);
   py::register_local_exception_translator(&vramkit::bindings::translate);

@@ -19,6 +19,17 @@ class InvalidArgument : public Error {
   using Error::Error;
 };
 
+// An event of an allocation trace that cannot be right (Python: vramkit.errors.EventError, a
+// ValueError). `event` is its index.
+class EventError : public InvalidArgument {
+ public:
+  EventError(const std::string& what, std::int64_t event) : InvalidArgument(what), event_(event) {}
+  std::int64_t event() const { return event_; }
+
+ private:
+  std::int64_t event_;
+};
+
 // A file whose content breaks its format (Python: vramkit.CheckpointError, a ValueError).
 class CheckpointError : public Error {
  public:

@@ -1,5 +1,5 @@
 """
-vramkit's native core: formats, files, planner, ledger, memory.
+vramkit's native core: formats, files, planner, allocator simulator, ledger, memory.
 """
 
 from __future__ import annotations
@@ -7,10 +7,14 @@ import collections.abc
 import os
 import pathlib
 import typing
+import typing_extensions
 
 __all__: list[str] = [
     "Admission",
     "AdmissionAction",
+    "AllocatorBlock",
+    "AllocatorConfig",
+    "AllocatorSegment",
     "Format",
     "HostPiece",
     "HostPool",
@@ -18,9 +22,12 @@ __all__: list[str] = [
     "Ledger",
     "LedgerEntry",
     "LedgerState",
+    "OutOfMemory",
     "PartBytes",
+    "PeakBlock",
     "Placement",
     "PlannerResult",
+    "ReplayResult",
     "SafetensorsFile",
     "SafetensorsWriter",
     "TensorInfo",
@@ -30,6 +37,7 @@ __all__: list[str] = [
     "builtin_formats",
     "dynamic_map",
     "plan_choices",
+    "replay",
     "safetensors_bytes",
     "safetensors_dtypes",
 ]
@@ -246,6 +254,236 @@ class PlannerResult:
     def states(self) -> int:
         """
         partial plans kept during the search
+        """
+
+class AllocatorConfig:
+    """
+    What an allocator is told before it runs: torch's options, under torch's names, in bytes.
+    """
+    def __init__(
+        self,
+        kind: str = "cuda",
+        *,
+        limit: typing.SupportsInt | typing.SupportsIndex | None = None,
+        device_memory: typing.SupportsInt | typing.SupportsIndex | None = None,
+        max_split_size: typing.SupportsInt | typing.SupportsIndex | None = None,
+        max_non_split_rounding_size: typing.SupportsInt | typing.SupportsIndex = 20971520,
+        large_segment_size: typing.SupportsInt | typing.SupportsIndex = 20971520,
+        garbage_collection_threshold: typing.SupportsFloat | typing.SupportsIndex = 0.0,
+        expandable_segments: bool = False,
+        roundup_power2_divisions: collections.abc.Sequence[
+            typing.SupportsInt | typing.SupportsIndex
+        ] = [],
+    ) -> None:
+        """
+        kind: 'cuda' (the caching allocator) or 'cpu' (no caching).
+        limit: bytes that the process may reserve; device_memory: bytes that the device has; None: no bound.
+        roundup_power2_divisions: one number for all sizes, or 16 for sizes below 2 MiB, 4 MiB, ... 64 GiB
+        and above; each a power of two, or 0.
+        Raises ValueError for what torch refuses too; docs/allocator.md has the rules.
+        """
+    @property
+    def device_memory(self) -> int | None: ...
+    @property
+    def expandable_segments(self) -> bool: ...
+    @property
+    def garbage_collection_threshold(self) -> float: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def large_segment_size(self) -> int: ...
+    @property
+    def limit(self) -> int | None: ...
+    @property
+    def max_non_split_rounding_size(self) -> int: ...
+    @property
+    def max_split_size(self) -> int | None: ...
+    @property
+    def roundup_power2_divisions(self) -> list[int]: ...
+
+class PeakBlock:
+    """
+    A block that was alive when most was allocated.
+    """
+    @property
+    def bytes(self) -> int:
+        """
+        what it occupied, rounding included
+        """
+    @property
+    def event(self) -> int:
+        """
+        index of its allocation
+        """
+    @property
+    def id(self) -> int: ...
+    @property
+    def requested_bytes(self) -> int: ...
+    @property
+    def stream(self) -> int: ...
+    @property
+    def tag(self) -> int: ...
+
+class OutOfMemory:
+    """
+    Where the replay ran out of memory.
+    """
+    @property
+    def allocated_bytes(self) -> int: ...
+    @property
+    def event(self) -> int:
+        """
+        index of the allocation that failed
+        """
+    @property
+    def free_bytes(self) -> int:
+        """
+        what the limit and the device still left
+        """
+    @property
+    def id(self) -> int: ...
+    @property
+    def needed_bytes(self) -> int:
+        """
+        what it would have taken from the device: the segment for it
+        """
+    @property
+    def requested_bytes(self) -> int: ...
+    @property
+    def reserved_bytes(self) -> int: ...
+    @property
+    def stream(self) -> int: ...
+    @property
+    def tag(self) -> int: ...
+
+class AllocatorBlock:
+    """
+    One block of a segment at the end of a replay.
+    """
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def event(self) -> int:
+        """
+        index of its allocation, -1 if free
+        """
+    @property
+    def offset(self) -> int:
+        """
+        as its segment's: in bytes
+        """
+    @property
+    def requested_bytes(self) -> int:
+        """
+        0 if free
+        """
+    @property
+    def state(self) -> str:
+        """
+        'free', 'live', or 'awaiting' another stream
+        """
+
+class AllocatorSegment:
+    """
+    Memory taken from the device, or one mapped run of an expandable segment.
+    """
+    @property
+    def blocks(self) -> list[AllocatorBlock]:
+        """
+        AllocatorBlocks by offset; a new list at each access
+        """
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def expandable(self) -> bool: ...
+    @property
+    def offset(self) -> int:
+        """
+        of the run in its segment, else 0
+        """
+    @property
+    def serial(self) -> int:
+        """
+        segments count up as they are made
+        """
+    @property
+    def small(self) -> bool: ...
+    @property
+    def stream(self) -> int: ...
+
+class ReplayResult:
+    """
+    What a replay came to; sizes are in bytes.
+    """
+    def peak_blocks(
+        self, most: typing.SupportsInt | typing.SupportsIndex | None = None
+    ) -> list[PeakBlock]:
+        """
+        The blocks alive at peak_allocated_event, largest first; at most `most` of them.
+        """
+    def timeline(self, max_points: typing.SupportsInt | typing.SupportsIndex | None = None) -> list:
+        """
+        (event, allocated, reserved) after each event, or of at most `max_points` intervals.
+
+        Of an interval the most that was allocated and the most that was reserved; `event` is the first with
+        that much allocated. An allocation that ran out of memory is the last event.
+        """
+    @property
+    def allocated_at_peak_reserved_bytes(self) -> int: ...
+    @property
+    def allocated_bytes(self) -> int: ...
+    @property
+    def awaiting_bytes(self) -> int:
+        """
+        released, and not yet free because another stream used it
+        """
+    @property
+    def device_allocations(self) -> int:
+        """
+        segments taken from the device, or ranges mapped; on the CPU every allocation
+        """
+    @property
+    def device_frees(self) -> int: ...
+    @property
+    def events(self) -> int:
+        """
+        events replayed: all, unless memory ran out
+        """
+    @property
+    def fragmentation(self) -> float:
+        """
+        1 - allocated_at_peak_reserved_bytes / peak_reserved_bytes; 0 if none
+        """
+    @property
+    def out_of_memory(self) -> OutOfMemory | None: ...
+    @property
+    def peak_allocated_bytes(self) -> int: ...
+    @property
+    def peak_allocated_event(self) -> int | None:
+        """
+        index of the first event after which that much was allocated
+        """
+    @property
+    def peak_reserved_bytes(self) -> int: ...
+    @property
+    def peak_reserved_event(self) -> int | None: ...
+    @property
+    def requested_at_peak_bytes(self) -> int: ...
+    @property
+    def requested_bytes(self) -> int: ...
+    @property
+    def reserved_at_peak_bytes(self) -> int: ...
+    @property
+    def reserved_bytes(self) -> int: ...
+    @property
+    def retries(self) -> int:
+        """
+        allocations tried again after all cached memory was given back
+        """
+    @property
+    def segments(self) -> list[AllocatorSegment]:
+        """
+        AllocatorSegments at the end, in the order of their making; a new list at each access
         """
 
 class HostPiece:
@@ -560,6 +798,17 @@ def plan_choices(
     it the best plan found is returned with optimal=False and a proven lower_bound.
     Of plans of equal cost the one with fewer bytes is taken, then the first in choice order.
     Raises BudgetError if even the smallest choices do not fit, ValueError for malformed input.
+    """
+
+def replay(events: typing_extensions.Buffer, config: AllocatorConfig) -> ReplayResult:
+    """
+    Replays allocations and releases through a model of torch's allocator.
+
+    events: a C-contiguous int64 buffer [n, 4], or flat, of (block id, bytes, stream, tag); bytes >= 0
+    allocates, -1 releases, -2: the block is used by `stream` too, -3: those uses of the released block
+    are over, -4 empties the cache. Nothing of it is kept.
+    Raises EventError (a ValueError with the event's index) for events that cannot be, ValueError for
+    another shape, TypeError for another dtype.
     """
 
 def safetensors_bytes(

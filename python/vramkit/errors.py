@@ -22,6 +22,14 @@ class BudgetError(VramkitError, ValueError):
         self.needed_bytes = needed_bytes
 
 
+class EventError(VramkitError, ValueError):
+    """An event of an allocation trace that cannot be right; `event` is its index."""
+
+    def __init__(self, message: str, event: int) -> None:
+        super().__init__(message)
+        self.event = event
+
+
 class NonFiniteWeightError(VramkitError, ValueError):
     """A weight that holds NaN or infinity, or overflows the format it was to be stored in."""
 
