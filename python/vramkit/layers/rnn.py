@@ -37,7 +37,7 @@ class _Recurrent(QuantizedLayer):
         rounding = [s.fmt for s in self._stored.values() if s.fmt.activations]
         if rounding and in_transform():
             raise no_transform(rounding[0])
-        return bool(rounding)
+        return len(rounding) > 0
 
     def _int8_parts(self, names: list[str]) -> tuple[list[Tensor], float] | None:
         """Codes and scales of these weights in turn, and their threshold; None if they differ."""
