@@ -90,6 +90,7 @@ PYBIND11_MODULE(_core, m) {
   m.doc() = "vramkit's native core: formats, files, planner, ledger, memory.";
   vramkit::bindings::bind_formats(m);
   vramkit::bindings::bind_checkpoint(m);
+  vramkit::bindings::bind_placement(m);
   vramkit::bindings::bind_planner(m);
   vramkit::bindings::bind_host_pool(m);
   vramkit::bindings::bind_ledger(m);
