@@ -23,7 +23,7 @@ def read_plan(path: str | os.PathLike[str]) -> Plan:
     """See `Plan.load`."""
     try:
         text = Path(path).read_text(encoding="utf-8")
-        data = json.loads(text)
+        data = json.loads(text, parse_constant=_no_figure)
         if not isinstance(data, Mapping):
             raise ValueError(f"{path} is no plan: it holds a {type(data).__name__}, not an object")
         if data.get("schema") not in (_OLD, SCHEMA):
@@ -31,7 +31,11 @@ def read_plan(path: str | os.PathLike[str]) -> Plan:
         made = _plan(data, path)
     except KeyError as error:
         raise ValueError(f"{path} is no plan: the field {error} is missing") from error
-    except (TypeError, OverflowError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise ValueError(f"{path} is no plan: {error}") from error
+    except ValueError as error:  # also what json and the text's encoding raise
+        if str(path) in str(error):
+            raise
         raise ValueError(f"{path} is no plan: {error}") from error
     stored = [phase.device_bytes for phase in made.phases]
     recounted = [_recounted(made, phase) for phase in made.phases]
@@ -71,7 +75,7 @@ def _plan(data: Mapping[str, Any], path: Any) -> Plan:
             _size(p, "activations_bytes", path),
             _size(p, "slot_bytes", path),
             _size(p, "device_bytes", path),
-            int(p["passes"]),
+            _count(p, "passes", 1, path),
             None if p["seconds"] is None else float(p["seconds"]),
         )
         for p in data.get("phases", [])
@@ -91,15 +95,26 @@ def _plan(data: Mapping[str, Any], path: Any) -> Plan:
         left_out=[(str(n), str(why), int(size)) for n, why, size in _list(data, "left_out")],
         prefer=prefer,
         tiers=tiers,
-        slots=int(data.get("slots", 2)),
-        rows=int(data.get("rows", 1)),
+        slots=_count(data, "slots", 2, path),
+        rows=_count(data, "rows", 1, path),
         max_quality_loss=None if loss is None else float(loss),
         host_limit_bytes=None if host_limit is None else int(host_limit),
-        host_bytes=int(data.get("host_bytes", 0)),
+        host_bytes=_size(data, "host_bytes", path) if "host_bytes" in data else 0,
         phases=phases,
         rates=Rates.from_dict(data["rates"]) if data.get("rates") else None,
         edited=edited,
     )
+
+
+def _no_figure(text: str) -> float:
+    raise TypeError(f"{text} is no figure")
+
+
+def _count(data: Mapping[str, Any], key: str, default: int, path: Any) -> int:
+    value = data.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{path}: {key} is {value!r}; it is a count from 1 on")
+    return value
 
 
 def _list(data: Mapping[str, Any], key: str) -> list[Any]:

@@ -137,7 +137,11 @@ def plan(
     Raises BudgetError, which says the smallest limit that would do, if nothing fits.
     """
     limit, buffer = parse_size(vram_limit), parse_size(vram_buffer)
+    if max_quality_loss == float("inf"):
+        max_quality_loss = None
     places = _places(tiers, prefer, max_quality_loss)
+    if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
+        raise ValueError(f"rows is a number of rows from 1 on, got {rows!r}")
     found, left_out = candidates(model, skip)
     chosen = [storage_format(f) for f in formats]
     original = sum(c.original_bytes for c in found)
@@ -172,6 +176,10 @@ def plan(
             layers.append(settled.layer(candidate, options, parts.component_of(candidate.name)))
     simple = places == ("device",) and prefer == "quality" and len(parts.names) == 1
     if rates is True or (rates is None and not simple):
+        if any(p.is_cuda for p in model.parameters()):
+            raise ValueError(
+                "rates are measured on processors only: give this device's with rates=Rates(...)"
+            )
         names = {o.format for layer in layers for o in layer.options if o.format is not None}
         rates = measure_rates(tuple(sorted(names)), model_dtype(model), disk="disk" in places)
     elif rates is False:

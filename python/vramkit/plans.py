@@ -211,7 +211,8 @@ class Plan:
                 "It stays on the device: streaming it would copy "
                 f"{format_size(e.bytes)} in every pass{self._link(e)}."
             )
-        left = allowed - self.device_bytes
+        phase = next((p for p in self.phases if p.name == e.component), None)
+        left = allowed - (self.device_bytes if phase is None else phase.device_bytes)
         better = [o for o in e.options if o.error < e.error]
         cheaper = [o for o in e.options if o.bytes < e.bytes]
         if better:
@@ -355,7 +356,7 @@ class Plan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON; a plan can be edited there: an entry's `format` and `tier`."""
-        text = json.dumps(self.to_dict(), indent=2)
+        text = json.dumps(self.to_dict(), indent=2, allow_nan=False)
         temporary = Path(f"{os.fspath(path)}.{os.getpid()}.tmp")
         try:
             temporary.write_text(text + "\n", encoding="utf-8")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import vramkit
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from vramkit import BudgetError, Plan, Rates
 from vramkit.estimator import weight_bytes
@@ -36,6 +40,11 @@ def plan(limit: int, **options: Any) -> Plan:
 
 def pipeline() -> nn.ModuleDict:
     return nn.ModuleDict({"encoder": model(), "decoder": model()})
+
+
+@functools.cache
+def _text() -> str:
+    return json.dumps(plan(14_000, tiers=("device", "host")).to_dict())
 
 
 def all_plans(made: Plan) -> Any:
@@ -116,6 +125,8 @@ def test_pins_and_rules() -> None:
         plan(40_000, rules={"0": []})
     with pytest.raises(ValueError, match="tiers are some of"):
         plan(40_000, tiers=("gpu",))
+    with pytest.raises(ValueError, match="rows is"):
+        plan(40_000, rows=0)
     with pytest.raises(ValueError, match="prefer is"):
         plan(40_000, prefer="fast")
     with pytest.raises(ValueError, match="max_quality_loss"):
@@ -229,7 +240,9 @@ class TestFiles:
             (lambda d: d["entries"][0].update(tier="moon"), "tier 'moon'"),
             (lambda d: d["entries"][0].update(format="fp8"), "cannot be 'fp8'"),
             (lambda d: d["entries"][0].update(bytes=-1), "bytes is -1"),
-            (lambda d: d["entries"][0].update(error=math.nan), "error of '0' is nan"),
+            (lambda d: d["entries"][0].update(error=math.nan), "NaN is no figure"),
+            (lambda d: d["entries"][0].update(error=-1.0), "error of '0' is -1"),
+            (lambda d: d.update(slots=0), "slots is 0"),
             (lambda d: d["entries"].append(d["entries"][0]), "there twice"),
             (lambda d: d.pop("limit_bytes"), "'limit_bytes' is missing"),
             (lambda d: d.update(limit_bytes="much"), "limit_bytes is 'much'"),
@@ -244,6 +257,35 @@ class TestFiles:
         (tmp_path / "p.json").write_text(json.dumps(data))
         with pytest.raises(ValueError, match=message):
             Plan.load(tmp_path / "p.json")
+
+    @settings(max_examples=150, deadline=None)
+    @given(st.data())
+    def test_corrupted_files_are_errors_that_say_so(self, data: st.DataObject) -> None:
+        """Cut anywhere, or with any value in place of another: a plan, or a ValueError."""
+        text = _text()
+        if data.draw(st.booleans()):
+            start = data.draw(st.integers(0, len(text)))
+            text = text[:start] + text[data.draw(st.integers(start, len(text))) :]
+        else:
+            content: Any = json.loads(text)
+            at, key = content, data.draw(st.sampled_from(sorted(content)))
+            while isinstance(at[key], (dict, list)) and at[key] and data.draw(st.booleans()):
+                at = at[key]
+                keys = range(len(at)) if isinstance(at, list) else sorted(at)
+                key = data.draw(st.sampled_from(list(keys)))
+            at[key] = data.draw(
+                st.none() | st.integers() | st.text(max_size=3) | st.just([]) | st.just({"a": [1]})
+            )
+            text = json.dumps(content)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "p.json")
+            path.write_text(text)
+            said = str(path)
+            try:
+                Plan.load(path)
+            except ValueError as error:
+                said = str(error)
+            assert str(path) in said
 
     def test_the_first_version_is_read(self, tmp_path: Path) -> None:
         made, data = self.saved(tmp_path / "p.json")
