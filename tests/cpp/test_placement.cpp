@@ -203,6 +203,7 @@ PlacementProblem large_problem(std::size_t layers, std::uint64_t seed, bool alik
 TEST(Placement, ThousandLayersOfTwelveFormatsAndThreePlaces) {
   for (bool alike : {false, true}) {
     PlacementProblem problem = large_problem(1000, 3, alike);
+    problem.state_limit = 150'000;  // less than the default: sanitizers take their time
     const PlacementResult quality = place(problem);
     ASSERT_TRUE(quality.found);
     EXPECT_EQ(quality.loss, 0);  // the disk has room for all
@@ -219,6 +220,7 @@ TEST(Placement, ThousandLayersOfTwelveFormatsAndThreePlaces) {
 
 TEST(Placement, MoreRoomIsNeverWorseThanTheGap) {
   PlacementProblem problem = large_problem(60, 4, true);
+  problem.state_limit = 60'000;
   problem.preference = Preference::weighted;
   problem.time_weight = 1;
   const std::int64_t full = problem.device_limit;
@@ -239,7 +241,8 @@ TEST(Placement, MoreRoomIsNeverWorseThanTheGap) {
 }
 
 TEST(Placement, TheSameProblemGivesTheSameAnswer) {
-  const PlacementProblem problem = large_problem(80, 5, false);
+  PlacementProblem problem = large_problem(80, 5, false);
+  problem.state_limit = 60'000;
   const PlacementResult a = place(problem), b = place(problem);
   EXPECT_EQ(a.choices, b.choices);
   EXPECT_EQ(a.lower_bound, b.lower_bound);
