@@ -18,6 +18,7 @@ SUITES = {
     "int8": "dynamic INT8 and LLM.int8 on the CPU, against torch, bitsandbytes and the limit",
     "conv": "convolutions on the CPU, against torch's in bfloat16",
     "allocator": "the allocator simulator: events replayed per second, by trace and options",
+    "plan": "the planner: 1,000 layers x 12 formats x 3 places, against HiGHS, greedy and random",
     "interop": "bitsandbytes' operators on our kernels and on its own; memory of a QLoRA step",
 }
 

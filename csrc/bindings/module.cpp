@@ -92,6 +92,7 @@ PYBIND11_MODULE(_core, m) {
   m.doc() = "vramkit's native core: formats, files, planner, allocator simulator, ledger, memory.";
   vramkit::bindings::bind_formats(m);
   vramkit::bindings::bind_checkpoint(m);
+  vramkit::bindings::bind_placement(m);
   vramkit::bindings::bind_planner(m);
   vramkit::bindings::bind_allocator(m);
   vramkit::bindings::bind_host_pool(m);

@@ -33,8 +33,11 @@ if TYPE_CHECKING:
     from .estimator import MemoryEstimate, estimate
     from .inspection import ModelInfo, describe
     from .model_manager import VRAMEfficientModelManager
-    from .planner import Plan, fit, plan
+    from .planner import fit, plan
+    from .plans import Plan
     from .quality import Comparison, Recording, compare, record
+    from .rates import Rates, measure_rates
+    from .recommendation import recommend
 
 __version__ = "0.1.0"
 
@@ -49,9 +52,12 @@ _LAZY = {
     "describe": "inspection",
     "MemoryEstimate": "estimator",
     "estimate": "estimator",
-    "Plan": "planner",
+    "Plan": "plans",
     "fit": "planner",
     "plan": "planner",
+    "Rates": "rates",
+    "measure_rates": "rates",
+    "recommend": "recommendation",
     "Comparison": "quality",
     "Recording": "quality",
     "compare": "quality",
@@ -86,6 +92,7 @@ __all__ = [
     "Plan",
     "PrecisionMode",
     "QuantizedLayer",
+    "Rates",
     "ReadOnlyWeightError",
     "Recording",
     "StaleHandleError",
@@ -102,8 +109,10 @@ __all__ = [
     "format_size",
     "get_format",
     "load",
+    "measure_rates",
     "parse_size",
     "plan",
+    "recommend",
     "record",
     "register_format",
     "restore",

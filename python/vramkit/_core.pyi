@@ -26,6 +26,7 @@ __all__: list[str] = [
     "PartBytes",
     "PeakBlock",
     "Placement",
+    "PlacementResult",
     "PlannerResult",
     "ReplayResult",
     "SafetensorsFile",
@@ -36,6 +37,8 @@ __all__: list[str] = [
     "available_isas",
     "builtin_formats",
     "dynamic_map",
+    "least_device_bytes",
+    "place",
     "plan_choices",
     "replay",
     "safetensors_bytes",
@@ -219,6 +222,71 @@ class SafetensorsWriter:
         """
     @property
     def path(self) -> pathlib.Path: ...
+
+class PlacementResult:
+    """
+    A format and a place for every layer, and what is proven about it.
+    """
+    def __repr__(self) -> str: ...
+    @property
+    def choices(self) -> list[int]:
+        """
+        index of the choice taken, by group
+        """
+    @property
+    def device_bytes(self) -> list[int]:
+        """
+        by phase: what is reserved, residents, slots
+        """
+    @property
+    def found(self) -> bool:
+        """
+        False: no plan is known; with `optimal`, none exists
+        """
+    @property
+    def host_bytes(self) -> int:
+        """
+        with staging slots
+        """
+    @property
+    def loss(self) -> float: ...
+    @property
+    def lower_bound(self) -> float:
+        """
+        no plan has a smaller objective
+        """
+    @property
+    def nodes(self) -> int:
+        """
+        parts of the problem that were bounded
+        """
+    @property
+    def objective(self) -> float:
+        """
+        the weighted sum; without weights, the loss
+        """
+    @property
+    def optimal(self) -> bool:
+        """
+        whether the search was completed
+        """
+    @property
+    def seconds(self) -> float: ...
+    @property
+    def seconds_lower_bound(self) -> float:
+        """
+        without weights: no plan that loses no more is faster
+        """
+    @property
+    def slot_bytes(self) -> list[int]:
+        """
+        by phase: one slot
+        """
+    @property
+    def states(self) -> int:
+        """
+        partial plans kept
+        """
 
 class PlannerResult:
     """
@@ -775,6 +843,84 @@ def builtin_formats() -> list:
 def dynamic_map() -> list[float]:
     """
     The 256 values that 8-bit nested scales take.
+    """
+
+def least_device_bytes(
+    phases: collections.abc.Sequence[
+        tuple[
+            typing.SupportsInt | typing.SupportsIndex, typing.SupportsFloat | typing.SupportsIndex
+        ]
+    ],
+    groups: collections.abc.Sequence[
+        tuple[
+            typing.SupportsInt | typing.SupportsIndex,
+            collections.abc.Sequence[
+                tuple[
+                    typing.SupportsInt | typing.SupportsIndex,
+                    typing.SupportsInt | typing.SupportsIndex,
+                    typing.SupportsInt | typing.SupportsIndex,
+                    bool,
+                    typing.SupportsFloat | typing.SupportsIndex,
+                    typing.SupportsFloat | typing.SupportsIndex,
+                    typing.SupportsFloat | typing.SupportsIndex,
+                    typing.SupportsFloat | typing.SupportsIndex,
+                    typing.SupportsFloat | typing.SupportsIndex,
+                ]
+            ],
+        ]
+    ],
+    *,
+    slots: typing.SupportsInt | typing.SupportsIndex = 2,
+) -> list[tuple[int, int]]:
+    """
+    By phase (bytes, slot): the least device bytes that hold it, and the size of its slots.
+    """
+
+def place(
+    phases: collections.abc.Sequence[
+        tuple[
+            typing.SupportsInt | typing.SupportsIndex, typing.SupportsFloat | typing.SupportsIndex
+        ]
+    ],
+    groups: collections.abc.Sequence[
+        tuple[
+            typing.SupportsInt | typing.SupportsIndex,
+            collections.abc.Sequence[
+                tuple[
+                    typing.SupportsInt | typing.SupportsIndex,
+                    typing.SupportsInt | typing.SupportsIndex,
+                    typing.SupportsInt | typing.SupportsIndex,
+                    bool,
+                    typing.SupportsFloat | typing.SupportsIndex,
+                    typing.SupportsFloat | typing.SupportsIndex,
+                    typing.SupportsFloat | typing.SupportsIndex,
+                    typing.SupportsFloat | typing.SupportsIndex,
+                    typing.SupportsFloat | typing.SupportsIndex,
+                ]
+            ],
+        ]
+    ],
+    device_limit: typing.SupportsInt | typing.SupportsIndex,
+    *,
+    host_limit: typing.SupportsInt | typing.SupportsIndex | None = None,
+    slots: typing.SupportsInt | typing.SupportsIndex = 2,
+    loss_limit: typing.SupportsFloat | typing.SupportsIndex | None = None,
+    weights: tuple[
+        typing.SupportsFloat | typing.SupportsIndex, typing.SupportsFloat | typing.SupportsIndex
+    ]
+    | None = None,
+    state_limit: typing.SupportsInt | typing.SupportsIndex = 400000,
+    node_limit: typing.SupportsInt | typing.SupportsIndex = 96,
+) -> PlacementResult:
+    """
+    Takes one choice per group within the limits: the least loss, then the least seconds.
+
+    phases: (reserved device bytes, seconds of arithmetic that is no layer's) for each, taking turns.
+    groups: (phase, choices) for each layer; a choice is (resident bytes, bytes a slot must hold, host
+    bytes, whether it is staged from disk, loss, seconds of arithmetic, of the link, of the disk, and
+    of its turn). A phase takes the longest of its arithmetic, link and disk, plus its turn.
+    weights: (a, b) minimizes a * loss + b * seconds instead. No limit is None. state_limit and
+    node_limit bound the search by counts. Raises ValueError for malformed input.
     """
 
 def plan_choices(

@@ -42,7 +42,7 @@ from .shards import INDEX, SAFETENSORS_NAMES, WEIGHTS, Checkpoint
 from .skeleton import MANIFEST, build_skeleton, match_names, set_tensor
 
 if TYPE_CHECKING:
-    from .planner import Plan
+    from .plans import Plan
 
 SCHEMA = "vramkit.checkpoint/1"
 

@@ -308,17 +308,18 @@ def _make_plan(
     inputs: tuple[str, ...],
     skip: tuple[str, ...],
     progress: bool,
+    **further: Any,
 ) -> Any:
     from .checkpoint import plan_checkpoint
     from .planner import plan as choose
 
-    limit: Any = float(vram_limit) if re.fullmatch(r"[0-9.]+", vram_limit) else vram_limit
-    buffer: Any = float(vram_buffer) if re.fullmatch(r"[0-9.]+", vram_buffer) else vram_buffer
+    limit = _size(vram_limit)
     options = {
-        "vram_buffer": buffer,
+        "vram_buffer": _size(vram_buffer),
         "inputs": parse_inputs(inputs),
         "skip": skip,
         "progress": progress,
+        **further,
     }
     if isinstance(source, Path):
         return plan_checkpoint(source, limit, factory=build, **options)
@@ -333,6 +334,26 @@ def _make_plan(
 @_factory_option
 @_skip_option
 @click.option("--save", "save_path", type=click.Path(dir_okay=False), help="Write the plan here.")
+@click.option(
+    "--tier",
+    "tiers",
+    multiple=True,
+    type=click.Choice(["device", "host", "disk"]),
+    help="Where layers may lie; repeat for each. Default: the device alone.",
+)
+@click.option("--host-limit", help="Limit of what lies on the host, as --vram-limit.")
+@click.option(
+    "--prefer",
+    type=click.Choice(["quality", "balanced", "speed"]),
+    default="quality",
+    show_default=True,
+)
+@click.option("--max-quality-loss", type=float, help="Limit of the sum of the layers' errors.")
+@click.option("--rows", type=int, default=1, show_default=True, help="Tokens in one pass.")
+@click.option(
+    "--rates/--no-rates", default=True, help="Measure rates for seconds (a second or two)."
+)
+@click.option("--layers/--no-layers", default=True, help="Print every layer.")
 @_json_option
 def plan(
     model: str,
@@ -342,27 +363,67 @@ def plan(
     factory: str | None,
     skip: tuple[str, ...],
     save_path: str | None,
+    tiers: tuple[str, ...],
+    host_limit: str | None,
+    prefer: str,
+    max_quality_loss: float | None,
+    rows: int,
+    rates: bool,
+    layers: bool,
     json_path: str | None,
 ) -> None:
-    """Choose the format of every layer so that MODEL fits and loses least."""
+    """Choose the format and place of every layer so that MODEL fits and loses least."""
     with _reported(json_path) as output:
         source, build = _module_or_path(model, factory)
         made = _make_plan(
-            source, build, vram_limit, vram_buffer, inputs, skip, output.console.is_terminal
+            source,
+            build,
+            vram_limit,
+            vram_buffer,
+            inputs,
+            skip,
+            output.console.is_terminal,
+            tiers=tiers or ("device",),
+            host_limit=_size(host_limit),
+            prefer=prefer,
+            max_quality_loss=max_quality_loss,
+            rows=rows,
+            rates=True if rates else None,
         )
-        _print_plan(output.console, made)
+        _print_plan(output.console, made, layers)
         if save_path:
             made.save(save_path)
-        output.finish(made.to_dict())
+        output.finish({**made.to_dict(), "table": made.table().to_dict()})
 
 
-def _print_plan(console: Console, made: Any) -> None:
+def _size(text: str | None) -> Any:
+    return float(text) if text is not None and re.fullmatch(r"[0-9.]+", text) else text
+
+
+def _print_modes(console: Console, made: Any) -> None:
+    found = made.table()
+    headers, rows = found.cells()
+    table = Table(title="what is possible, all on the device")
+    for header in headers:
+        table.add_column(header, justify="left" if header == "mode" else "right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    if made.rates is not None:
+        console.print(f"rates measured in {made.rates.measuring_seconds:.1f} s", style="dim")
+
+
+def _print_plan(console: Console, made: Any, layers: bool) -> None:
+    _print_modes(console, made)
+    if not layers:
+        console.print(str(made), highlight=False)
+        return
     table = Table()
-    for column in ("layer", "kind", "format", "before", "after", "error"):
+    for column in ("layer", "kind", "format", "place", "before", "after", "error"):
         table.add_column(column, justify="right" if column in ("before", "after") else "left")
     for e in made.entries:
         sizes = (format_size(e.original_bytes), format_size(e.bytes))
-        table.add_row(e.name, e.kind, e.format or "plain", *sizes, f"{e.error:.1e}")
+        table.add_row(e.name, e.kind, e.format or "plain", e.tier, *sizes, f"{e.error:.1e}")
     console.print(table)
     console.print(str(made), highlight=False)
 
@@ -388,7 +449,7 @@ def convert(
 ) -> None:
     """Convert MODEL to the folder TARGET, one tensor in memory at a time."""
     with _reported(json_path) as output:
-        from .planner import Plan
+        from .plans import Plan
 
         if (precision is None) == (plan_path is None):
             raise click.UsageError("give --precision or --plan")

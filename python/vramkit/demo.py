@@ -17,7 +17,7 @@ from . import measure
 from .checkpoint import load
 from .convert import Progress
 from .estimator import MemoryEstimate
-from .planner import Plan
+from .plans import Plan
 from .quality import Comparison, compare, record
 from .sizes import parse_size
 

@@ -1,43 +1,37 @@
-"""Plans: the storage format of every layer, chosen so that all fits and the least is lost."""
+"""Plans made: the format and place of every layer, chosen so that all fits and least is lost."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from . import _core
 from .convert import (
     Candidate,
-    ConversionReport,
-    LayerReport,
     Precision,
     Progress,
     candidates,
     check_weight,
-    convert,
     format_in,
     progress_bar,
     reason_against,
     storage_format,
 )
-from .errors import BudgetError, VramkitError
-from .estimator import MemoryEstimate, estimate, weight_bytes
+from .errors import VramkitError
+from .estimator import estimate, model_dtype, weight_bytes
 from .formats import StorageFormat
-from .sizes import format_size, parse_size
+from .placing import place_layers
+from .plan_rules import Layer, Pin, Rules, Turns
+from .plans import TIERS, Option, Plan, fingerprint
+from .rates import Rates, measure_rates
+from .sizes import parse_size
 
 if TYPE_CHECKING:
     from .calibration import Calibration
     from .running import Output
 
-SCHEMA = "vramkit.plan/1"
 # Enough elements that a weight's error is known to well under a percent, whatever its size.
 SAMPLE_ELEMENTS = 1 << 22
 # What a plan chooses from by default, besides leaving a layer as it is.
@@ -53,222 +47,6 @@ DEFAULT_FORMATS = (
     "nf4",
     "nf4_dq",
 )
-
-
-@dataclass(frozen=True)
-class PlanEntry:
-    """One layer of a plan.
-
-    `format` is None where the layer stays as it is. `error` is the relative squared error of the
-    stored weight, ||W - W'||^2 / ||W||^2; of a plan by data, that of the model's output with this
-    layer alone stored.
-    """
-
-    name: str
-    kind: str
-    format: str | None
-    bytes: int
-    original_bytes: int
-    error: float
-    tier: str = "resident"
-
-
-@dataclass
-class Plan:
-    """Which format each layer gets under a limit; print it, edit `entries`, save it, apply it.
-
-    `bound` says what the limit was held against: "weights" on a CPU, "peak" where the call's own
-    memory was counted in. `optimal` says whether no better plan exists; else `gap` bounds the rest.
-    """
-
-    entries: list[PlanEntry]
-    limit_bytes: int
-    buffer_bytes: int
-    fixed_bytes: int
-    fingerprint: str
-    bound: str = "weights"
-    optimal: bool = True
-    gap: float = 0.0
-    estimate: MemoryEstimate | None = None
-    formats: list[str] = field(default_factory=list)
-    left_out: list[tuple[str, str, int]] = field(default_factory=list)
-
-    @property
-    def weights_bytes(self) -> int:
-        """Bytes of all parameters and buffers under this plan."""
-        return self.fixed_bytes + sum(entry.bytes for entry in self.entries)
-
-    @property
-    def original_bytes(self) -> int:
-        """Bytes of all parameters and buffers before."""
-        return self.fixed_bytes + sum(entry.original_bytes for entry in self.entries)
-
-    def counts(self) -> dict[str, tuple[int, int]]:
-        """(layers, bytes) by format; layers that stay as they are count as "plain"."""
-        found: dict[str, tuple[int, int]] = {}
-        for entry in self.entries:
-            layers, size = found.get(entry.format or "plain", (0, 0))
-            found[entry.format or "plain"] = (layers + 1, size + entry.bytes)
-        return found
-
-    def explain(self, name: str) -> str:
-        """Why the layer `name` has the format it has."""
-        for entry in self.entries:
-            if entry.name == name:
-                kept = entry.format or "its own dtype"
-                return (
-                    f"{name} ({entry.kind}) is stored in {kept}: "
-                    f"{format_size(entry.original_bytes)} -> {format_size(entry.bytes)}, relative "
-                    f"squared error {entry.error:.3g} of a total of "
-                    f"{sum(e.error for e in self.entries):.3g}. Within "
-                    f"{format_size(self.limit_bytes - self.buffer_bytes)}, "
-                    + (
-                        "no other choice"
-                        if self.optimal
-                        else f"no choice known (gap {self.gap:.2g})"
-                    )
-                    + " for all layers together has a smaller sum of errors."
-                )
-        raise KeyError(f"the plan has no layer {name!r}")
-
-    def apply(
-        self,
-        model: nn.Module,
-        *,
-        calibration: Calibration | Iterable[Any] | None = None,
-        progress: bool | Progress = False,
-    ) -> nn.Module:
-        """Convert `model` in place as planned, and return it; `calibration` as for `convert`.
-
-        Raises ValueError if the plan was made for a model with other layers or shapes.
-        """
-        found, _ = candidates(model)
-        here = fingerprint(found)
-        if here != self.fingerprint:
-            raise ValueError(
-                "this plan was made for a model with other layers or shapes "
-                f"(fingerprint {self.fingerprint}, this model's is {here}); plan this model"
-            )
-        self.convert(model, calibration=calibration, progress=progress)
-        return model
-
-    def convert(
-        self,
-        model: nn.Module,
-        *,
-        calibration: Calibration | Iterable[Any] | None = None,
-        progress: bool | Progress = False,
-    ) -> ConversionReport:
-        """As `apply`, without the check; returns the conversion's report."""
-        formats = {e.name: e.format for e in self.entries}
-        return convert(model, formats, calibration=calibration, progress=progress)
-
-    def report(self) -> ConversionReport:
-        """What applying the plan does, in bytes, as `convert` would report it."""
-        report = ConversionReport(left_out=list(self.left_out))
-        for e in self.entries:
-            if e.format is None:
-                report.left_out.append((e.name, "the plan leaves it plain", e.original_bytes))
-            else:
-                report.layers.append(
-                    LayerReport(e.name, e.kind, e.format, e.bytes, e.original_bytes)
-                )
-        return report
-
-    def to_dict(self) -> dict[str, Any]:
-        """The plan as plain data; keys named `*_bytes` are bytes."""
-        return {
-            "schema": SCHEMA,
-            "limit_bytes": self.limit_bytes,
-            "buffer_bytes": self.buffer_bytes,
-            "fixed_bytes": self.fixed_bytes,
-            "weights_bytes": self.weights_bytes,
-            "original_bytes": self.original_bytes,
-            "bound": self.bound,
-            "optimal": self.optimal,
-            "gap": self.gap,
-            "fingerprint": self.fingerprint,
-            "estimate": self.estimate.to_dict() if self.estimate else None,
-            "formats": self.formats,
-            "left_out": [list(item) for item in self.left_out],
-            "entries": [asdict(entry) for entry in self.entries],
-        }
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan as JSON."""
-        text = json.dumps(self.to_dict(), indent=2)
-        temporary = Path(f"{os.fspath(path)}.{os.getpid()}.tmp")
-        try:
-            temporary.write_text(text + "\n", encoding="utf-8")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Plan:
-        """Read a plan that `save` wrote. Raises ValueError for anything else."""
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-            if data["schema"] != SCHEMA:
-                raise ValueError(f"{path}: schema {data['schema']!r}, expected {SCHEMA!r}")
-            entries = [PlanEntry(**entry) for entry in data["entries"]]
-            for entry in entries:
-                if entry.format is not None:
-                    storage_format(entry.format)
-            return cls(
-                entries=entries,
-                limit_bytes=int(data["limit_bytes"]),
-                buffer_bytes=int(data["buffer_bytes"]),
-                fixed_bytes=int(data["fixed_bytes"]),
-                fingerprint=str(data["fingerprint"]),
-                bound=str(data["bound"]),
-                optimal=bool(data["optimal"]),
-                gap=float(data["gap"]),
-                formats=list(data["formats"]),
-                left_out=[(str(n), str(why), int(size)) for n, why, size in data["left_out"]],
-            )
-        except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is no plan: {error!r}") from error
-
-    def __str__(self) -> str:
-        limit = self.limit_bytes - self.buffer_bytes
-        lines = [
-            f"{format_size(self.original_bytes)} -> {format_size(self.weights_bytes)} of weights "
-            f"within {format_size(limit)} ({'optimal' if self.optimal else f'gap {self.gap:.2g}'})"
-        ]
-        for name, (layers, size) in sorted(self.counts().items(), key=lambda item: -item[1][1]):
-            lines.append(f"  {name:10} {layers:4} layers  {format_size(size):>10}")
-        lines.append(
-            f"  {'fixed':10} {'':4}         {format_size(self.fixed_bytes):>10}  "
-            "(norms, biases, buffers)"
-        )
-        if self.bound == "weights":
-            lines.append("the limit bounds the weights; the call's own memory comes on top")
-        if self.estimate is not None and self.estimate.peak_bytes is not None:
-            lines.append(f"estimated peak of one call: {format_size(self.estimate.peak_bytes)}")
-        return "\n".join(lines)
-
-    def _repr_html_(self) -> str:
-        from .report.html import table
-
-        rows = [
-            (e.name, e.kind, e.format or "plain", format_size(e.bytes), f"{e.error:.2e}", e.tier)
-            for e in self.entries
-        ]
-        headers = ("layer", "kind", "format", "bytes", "relative squared error", "tier")
-        return table(headers, rows, caption=str(self))
-
-    def plot(self) -> Any:
-        """A matplotlib figure: bytes by layer, coloured by format."""
-        from .report.plots import plan_figure
-
-        return plan_figure(self)
-
-
-def fingerprint(found: Sequence[Candidate]) -> str:
-    """A short hash of the layers' names and shapes: a plan fits a model if these agree."""
-    text = json.dumps([[c.name, list(c.shape)] for c in found])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def weight_error(weight: torch.Tensor, fmt: StorageFormat) -> float:
@@ -306,8 +84,19 @@ def plan(
     calibration: Calibration | None = None,
     progress: bool | Progress = False,
     read_weight: Callable[[Candidate], torch.Tensor] | None = None,
+    tiers: Iterable[str] = ("device",),
+    host_limit: int | float | str | None = None,
+    prefer: str = "quality",
+    max_quality_loss: float | None = None,
+    pin: Mapping[str, Pin] | None = None,
+    rules: Mapping[str, Iterable[Precision | None]] | None = None,
+    turns: Iterable[str] | Mapping[str, int] = (),
+    activations: int | float | str | Mapping[str, int | float | str] | None = None,
+    rates: Rates | bool | None = None,
+    rows: int = 1,
+    slots: int = 2,
 ) -> Plan:
-    """Choose the format of every layer so that the model fits and its weights change least.
+    """Choose the format, and if asked the place, of every layer: all fits and the least is lost.
 
     Args:
         model: The module to plan for; it is only read.
@@ -324,22 +113,44 @@ def plan(
             measured is then rounded by it.
         progress: True for a progress bar over the bytes analysed.
         read_weight: Gives a layer's weight where the model has none in memory.
+        tiers: Where layers may lie: "device", and streamed in every pass "host" and "disk".
+        host_limit: Bounds what lies on the host; None: all that is asked for.
+        prefer: "quality": the least sum of errors, then the least time. "balanced": the least
+            loss / L + seconds / T, with L the loss of every layer at its smallest and T the seconds
+            of the model as it is, all on the device. "speed": the same with loss / L / 100.
+        max_quality_loss: The sum of errors may not exceed this.
+        pin: By name or pattern, what is settled: a format, a place ("device", "host", "disk"),
+            None (as it is), or (format, place).
+        rules: By name or pattern, the formats to choose from there; None in them: as it is. The
+            first that matches holds.
+        turns: Submodules that take turns on the device, with the passes of each (1 if not said);
+            every layer must be in one. The host (or the disk) holds those that wait.
+        activations: Bytes of the call's own memory, for all or by turn; counts within the limit.
+        rates: The time model's rates; True: `measure_rates`; None: that, where they are needed.
+        rows: Rows of input that a layer sees in one pass (tokens, pixels), for its arithmetic.
+        slots: Slots for streamed layers, each as large as the largest of its phase.
 
     The sum over layers of the relative squared errors is minimized exactly: a multiple-choice
-    knapsack, solved natively with byte-exact sizes. On a CPU the limit bounds the weights; on CUDA,
-    weights and the call's own memory together.
+    knapsack, solved natively with byte-exact sizes (docs/planning.md). On a CPU the limit bounds
+    the weights (and `activations`, if given); on CUDA, weights and the call's own memory together.
 
     Raises BudgetError, which says the smallest limit that would do, if nothing fits.
     """
     limit, buffer = parse_size(vram_limit), parse_size(vram_buffer)
+    if max_quality_loss == float("inf"):
+        max_quality_loss = None
+    places = _places(tiers, prefer, max_quality_loss)
+    if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
+        raise ValueError(f"rows is a number of rows from 1 on, got {rows!r}")
     found, left_out = candidates(model, skip)
     chosen = [storage_format(f) for f in formats]
     original = sum(c.original_bytes for c in found)
-    fixed = weight_bytes(model) - original
-    activations = 0
-    on_device = any(p.is_cuda for p in model.parameters())
-    if on_device and inputs is not None:
-        activations = estimate(model, inputs=inputs).activations_bytes or 0
+    settled = Rules.of(found, chosen, pin or {}, rules or {}, places)
+    parts = Turns.of(model, found, turns, activations)
+    peak = activations is not None
+    if inputs is not None and not peak and any(p.is_cuda for p in model.parameters()):
+        parts.add_activations(estimate(model, inputs=inputs).activations_bytes or 0)
+        peak = True
     cost: Cost = _weight_cost
     if batches is not None:
         if read_weight is not None:
@@ -355,57 +166,76 @@ def plan(
         raise ValueError(
             "calibration= and output= say how to measure on batches=, which is missing"
         )
-    groups: list[list[tuple[int, float]]] = []
-    options: list[list[StorageFormat | None]] = []
+    layers: list[Layer] = []
     with progress_bar(progress, original * len(chosen), "analyse") as advance:
         for candidate in found:
             weight = read_weight(candidate) if read_weight else candidate.weight
             check_weight(candidate.name, weight, storage_format("bf16"))
-            group, names = _choices(candidate, weight, chosen, cost, advance)
+            options = _choices(candidate, weight, settled.analysed(candidate), cost, advance)
             del weight  # before the next one is read
-            groups.append(group)
-            options.append(names)
-    budget = limit - buffer - fixed - activations
-    try:
-        result = _core.plan_choices(groups, budget)
-    except BudgetError as error:
-        smallest = error.needed_bytes + limit - budget
-        raise BudgetError(
-            f"no choice of formats fits {format_size(limit)}: the smallest limit that would do is "
-            f"{format_size(smallest)} ({smallest} B), of which {format_size(fixed)} are norms, "
-            f"biases, buffers and layers that stay plain, {format_size(buffer)} buffer"
-            + (f" and {format_size(activations)} the call's own memory" if activations else ""),
-            smallest,
-        ) from None
-    entries = []
-    for candidate, group, names, index in zip(found, groups, options, result.choices, strict=True):
-        fmt = names[index]
-        entries.append(
-            PlanEntry(
-                name=candidate.name,
-                kind=candidate.kind,
-                format=None if fmt is None else fmt.name,
-                bytes=group[index][0],
-                original_bytes=candidate.original_bytes,
-                error=group[index][1],
+            layers.append(settled.layer(candidate, options, parts.component_of(candidate.name)))
+    simple = places == ("device",) and prefer == "quality" and len(parts.names) == 1
+    if rates is True or (rates is None and not simple):
+        if any(p.is_cuda for p in model.parameters()):
+            raise ValueError(
+                "rates are measured on processors only: give this device's with rates=Rates(...)"
             )
-        )
+        names = {o.format for layer in layers for o in layer.options if o.format is not None}
+        rates = measure_rates(tuple(sorted(names)), model_dtype(model), disk="disk" in places)
+    elif rates is False:
+        rates = None
+    host = None if host_limit is None else parse_size(host_limit)
+    answer = place_layers(
+        layers,
+        parts,
+        limit - buffer,
+        buffer=buffer,
+        places=places,
+        host_limit=host,
+        prefer=prefer,
+        max_loss=max_quality_loss,
+        rates=rates,
+        rows=rows,
+        slots=slots,
+        simple=simple,
+    )
     made = Plan(
-        entries=entries,
+        entries=answer.entries,
         limit_bytes=limit,
         buffer_bytes=buffer,
-        fixed_bytes=fixed,
+        fixed_bytes=weight_bytes(model) - original,
         fingerprint=fingerprint(candidates(model)[0]),
-        bound="peak" if on_device and inputs is not None else "weights",
-        optimal=result.optimal,
-        gap=(result.cost - result.lower_bound) / result.cost if result.cost else 0.0,
+        bound="peak" if peak else "weights",
+        optimal=answer.optimal,
+        gap=answer.gap,
         formats=[fmt.name for fmt in chosen],
         left_out=left_out,
+        prefer=prefer,
+        tiers=places,
+        slots=slots,
+        rows=rows,
+        max_quality_loss=max_quality_loss,
+        host_limit_bytes=host,
+        host_bytes=answer.host_bytes,
+        phases=answer.phases,
+        rates=rates,
     )
     if inputs is not None:
-        by_name: Mapping[str, Precision | None] = {e.name: e.format for e in entries}
+        by_name: Mapping[str, Precision | None] = {e.name: e.format for e in made.entries}
         made.estimate = estimate(model, by_name, inputs)
     return made
+
+
+def _places(tiers: Iterable[str], prefer: str, max_quality_loss: float | None) -> tuple[str, ...]:
+    asked = (tiers,) if isinstance(tiers, str) else tuple(tiers)
+    unknown = [tier for tier in asked if tier not in TIERS]
+    if unknown or not asked:
+        raise ValueError(f"tiers are some of {', '.join(TIERS)}, not {asked!r}")
+    if prefer not in ("quality", "balanced", "speed"):
+        raise ValueError(f"prefer is 'quality', 'balanced' or 'speed', not {prefer!r}")
+    if max_quality_loss is not None and not max_quality_loss >= 0:  # NaN too
+        raise ValueError(f"max_quality_loss must be 0 or more, got {max_quality_loss!r}")
+    return tuple(tier for tier in TIERS if tier in asked)
 
 
 Cost = Callable[[Candidate, torch.Tensor, StorageFormat], float]
@@ -421,10 +251,9 @@ def _choices(
     formats: Sequence[StorageFormat],
     cost: Cost,
     advance: Any,
-) -> tuple[list[tuple[int, float]], list[StorageFormat | None]]:
-    """(bytes, error) of leaving the layer as it is, and of every format that makes it smaller."""
-    group: list[tuple[int, float]] = [(candidate.original_bytes, 0.0)]
-    names: list[StorageFormat | None] = [None]
+) -> list[Option]:
+    """Leaving the layer as it is, and every format that makes it smaller."""
+    options = [Option(None, candidate.original_bytes, 0.0)]
     matrix = weight.reshape(candidate.matrix_shape)
     for asked in formats:
         if reason_against(candidate, asked) is not None:
@@ -438,10 +267,9 @@ def _choices(
             except VramkitError:
                 advance(candidate.original_bytes, candidate.name)
                 continue  # this format cannot hold the weight; the others are still offered
-            group.append((size, cost(candidate, matrix, fmt)))
-            names.append(fmt)
+            options.append(Option(fmt.name, size, cost(candidate, matrix, fmt)))
         advance(candidate.original_bytes, candidate.name)
-    return group, names
+    return options
 
 
 def fit(
@@ -453,10 +281,11 @@ def fit(
     formats: Iterable[Precision] = DEFAULT_FORMATS,
     skip: Iterable[str] = (),
     progress: bool | Progress = False,
+    **options: Any,
 ) -> nn.Module:
     """Plan and convert in one step: `model`, changed in place so that it fits; see `plan`.
 
-    The plan stays readable as ``model.vramkit_plan``.
+    The plan stays readable as ``model.vramkit_plan``. `options` are further ones of `plan`.
     """
     made = plan(
         model,
@@ -466,6 +295,7 @@ def fit(
         formats=formats,
         skip=skip,
         progress=progress,
+        **options,
     )
     made.apply(model, progress=progress)
     object.__setattr__(model, "vramkit_plan", made)

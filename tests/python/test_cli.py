@@ -92,6 +92,23 @@ def test_plan_saves_and_prints(workplace: Path) -> None:
     assert json.loads(Path("plan.json").read_text())["entries"] == found["entries"]
 
 
+def test_plan_prints_what_is_possible(workplace: Path) -> None:
+    options = ("--tier", "device", "--tier", "host", "--host-limit", "1 MB", "--rows", "4")
+    found = run("plan", "factory_for_cli:build", "--vram-limit", "20 KB", *options)
+    rows = {row["mode"]: row for row in found["table"]["rows"]}
+    assert rows["as it is"]["weights_bytes"] == plain_bytes()
+    assert not rows["as it is"]["fits"]
+    assert rows["int8"]["seconds"] > 0
+    assert found["table"]["chosen"]["loss"] == found["loss"]
+    assert found["device_bytes"] <= 20_000
+    assert found["rates"]["measuring_seconds"] > 0
+    bare = ("--no-rates", "--no-layers", "--max-quality-loss", "1e-9")
+    found = run("plan", "factory_for_cli:build", "--vram-limit", "10 KB", *bare, code=EXIT_BUDGET)
+    assert found["needed_bytes"] > 10_000
+    found = run("plan", "factory_for_cli:build", "--vram-limit", "1 MB", *bare)
+    assert found["seconds"] is None
+
+
 def test_a_limit_that_nothing_fits(workplace: Path) -> None:
     found = run("plan", "factory_for_cli:build", "--vram-limit", "2 KB", code=EXIT_BUDGET)
     needed = found["needed_bytes"]
