@@ -250,7 +250,8 @@ _hf("bert, bfloat16, no mask", "attention", _text(
     "BertModel", "BertConfig", lambda: {"input_ids": _ids(2, 300)}, torch.bfloat16,
     **_BERT))  # fmt: skip
 _hf("deberta", "attention", _text(
-    "DebertaV2Model", "DebertaV2Config", lambda: {"input_ids": _ids(2, 90)}, relative_attention=True,
+    "DebertaV2Model", "DebertaV2Config", lambda: {"input_ids": _ids(2, 90)},
+    relative_attention=True,
     pos_att_type=["p2c", "c2p"], position_buckets=64, norm_rel_ebd="layer_norm",
     share_att_key=True, **_BERT))  # fmt: skip
 _hf("llama", "attention", _text(
