@@ -62,7 +62,7 @@ def _finish(model: nn.Module) -> None:
 
 
 @contextmanager
-def _quiet_profiler() -> Iterator[None]:
+def quiet_profiler() -> Iterator[None]:
     """Keeps the profiler from printing its start, its stop, and that it found no GPU."""
     name = "KINETO_LOG_LEVEL"
     before = os.environ.get(name)
@@ -79,7 +79,7 @@ def _profiled_peak(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     from torch.profiler import ProfilerActivity, profile
 
     with (
-        _quiet_profiler(),
+        quiet_profiler(),
         profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
     ):
         out = model(*args, **kwargs)

@@ -1,0 +1,60 @@
+"""Where a fake tensor's strides are not those that the real operator gives, and what is done.
+
+Fake views may take another stride in a dimension of size one. That changes nothing for arithmetic
+and much for a convolution, which chooses its memory layout by strides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_VIEWS = frozenset({"aten::view", "aten::reshape", "aten::_unsafe_view", "aten::_reshape_alias"})
+
+
+def corrected(
+    func: Any, args: tuple[Any, ...], out: Any, known: Sequence[tuple[int, ...]] | None
+) -> Any:
+    """`out` with the strides that the real operator gives.
+
+    Views are repeated on the meta device, whose views are the real ones. `known` holds the strides
+    of the results as a probe saw them, in order.
+    """
+    if known is not None:
+        return _with_strides(out, known)
+    if func._schema.name in _VIEWS and isinstance(out, Tensor) and 1 in out.shape:
+        stride = _view_stride(args[0], tuple(out.shape))
+        if stride is not None and stride != out.stride():
+            return torch.as_strided(out, out.shape, stride, out.storage_offset())
+    return out
+
+
+def _view_stride(x: Tensor, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with _disable_current_modes():
+        plain = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+        try:
+            return tuple(plain.view(shape).stride())
+        except RuntimeError:  # it takes a copy, which is contiguous on either side
+            return None
+
+
+def _with_strides(out: Any, known: Sequence[tuple[int, ...]]) -> Any:
+    strides = iter(known)
+
+    def fix(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        stride = tuple(next(strides, leaf.stride()))
+        if stride == leaf.stride() or len(stride) != leaf.dim():
+            return leaf
+        needed = 1 + sum((n - 1) * s for n, s in zip(leaf.shape, stride, strict=True))
+        if needed * leaf.element_size() > leaf.untyped_storage().nbytes():
+            return torch.empty_strided(leaf.shape, stride, dtype=leaf.dtype, device=leaf.device)
+        return torch.as_strided(leaf, leaf.shape, stride, leaf.storage_offset())
+
+    return torch.utils._pytree.tree_map(fix, out)
