@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .tracing import Call, Geometry, geometries
+from .tracing import Call, Geometry, Recording, geometries
 from .workspaces import work
 
 SCHEMA = "vramkit.probes/1"
@@ -63,23 +63,25 @@ class Probes:
     failed: dict[Call, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def learn(self, calls: Sequence[Call], store: Store | None) -> bool:
-        """Find out about `calls`; whether there was anything new among them."""
+    def strides(self) -> dict[Call, tuple[tuple[int, ...], ...]]:
+        """Strides of every learned call's results."""
+        return {call: learned.strides for call, learned in self.found.items()}
+
+    def learn(self, recording: Recording, store: Store | None) -> None:
+        """Find out about the calls of a recording that are not known yet."""
         start = time.perf_counter()
         wanted = []
-        fresh = False
-        for call in calls:
+        for call in recording.distinct():
             if call in self.found or call in self.failed:
                 continue
             kept = store.get(call) if store is not None else None
             if kept is not None:
                 self.found[call] = kept
-                fresh = True
                 continue
             if call in self.too_large:
                 continue
             cost = work(call)
-            size = sum(g.nbytes for g in geometries(call.spec))
+            size = sum(g.nbytes for g in geometries(call.spec)) + sum(recording.results[call])
             if cost > WORK_OF_ONE or size > BYTES_OF_ONE or self.work + cost > WORK_OF_ALL:
                 self.too_large.add(call)
                 continue
@@ -91,11 +93,9 @@ class Probes:
             good = {c: r for c, r in results.items() if isinstance(r, Learned)}
             self.found.update(good)
             self.ran += len(good)
-            fresh = fresh or bool(good)
             if store is not None:
                 store.put(good)
         self.seconds += time.perf_counter() - start
-        return fresh
 
 
 def _built(spec: Any) -> Any:

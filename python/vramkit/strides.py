@@ -44,13 +44,16 @@ def _view_stride(x: Tensor, shape: tuple[int, ...]) -> tuple[int, ...] | None:
 
 
 def _with_strides(out: Any, known: Sequence[tuple[int, ...]]) -> Any:
+    from torch._subclasses.fake_tensor import FakeTensor
+
     strides = iter(known)
 
     def fix(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
         stride = tuple(next(strides, leaf.stride()))
-        if stride == leaf.stride() or len(stride) != leaf.dim():
+        fake = isinstance(leaf, FakeTensor)
+        if not fake or stride == leaf.stride() or len(stride) != leaf.dim():
             return leaf
         needed = 1 + sum((n - 1) * s for n, s in zip(leaf.shape, stride, strict=True))
         if needed * leaf.element_size() > leaf.untyped_storage().nbytes():

@@ -191,6 +191,8 @@ class Recording:
 
     steps: list[tuple[int, int, int, int]] = field(default_factory=list)
     calls: list[Call | None] = field(default_factory=list)
+    results: dict[Call, tuple[int, ...]] = field(default_factory=dict)  # bytes of new results
+    strides: dict[Call, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
     declared: dict[int, int] = field(default_factory=dict)  # step's call: bytes it says it holds
     tags: dict[Tag, int] = field(default_factory=dict)
     labels: list[str] = field(default_factory=list)
@@ -219,10 +221,17 @@ class Recording:
         """The calls without repetitions, in order."""
         return list(dict.fromkeys(call for call in self.calls if call is not None))
 
-    def assemble(self, inside: Mapping[Call, Inside]) -> Trace:
-        """The Trace, with what each operator holds inside put into its window."""
+    def differs(self, known: Mapping[Call, Sequence[tuple[int, ...]]]) -> bool:
+        """Whether any result had other strides than those that are known now."""
+        return any(call in known and known[call] != seen for call, seen in self.strides.items())
+
+    def assemble(self, inside: Mapping[Call, Inside], without: set[int] | None = None) -> Trace:
+        """The Trace, with what each operator holds inside put into its window.
+
+        The blocks `without` are left out.
+        """
         made = Trace(tags=list(self.tags))
-        writer = _Writer(made, self.blocks)
+        writer = _Writer(made, self.blocks, without or set())
         index = 0
         while index < len(self.steps):
             kind, number, nbytes, tag = self.steps[index]
@@ -251,13 +260,14 @@ class Recording:
 class _Writer:
     """Appends events; numbers the blocks that only a window knows."""
 
-    def __init__(self, trace: Trace, blocks: int) -> None:
+    def __init__(self, trace: Trace, blocks: int, without: set[int]) -> None:
         self.events = trace.events
         self.next = blocks
+        self.without = without
         self.known: set[int] = set()
 
     def allocate(self, block: int, nbytes: int, tag: int) -> None:
-        if nbytes > 0:
+        if nbytes > 0 and block not in self.without:
             self.known.add(block)
             self.events.extend((block, nbytes, 0, tag))
 
@@ -357,6 +367,9 @@ class Recorder:
         self.stack: list[str] = []
         self.phase = "run"
         self.operator = ""
+        self.forget_results = False
+        self.silent = False
+        self.results: set[int] = set()
         self.reshape: Mapping[Call, Sequence[tuple[int, ...]]] = {}
         self.blocks: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         for tensor in known:
@@ -367,6 +380,15 @@ class Recorder:
         self.phase = phase
         self.recording.mark(phase)
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within it nothing is recorded but releases; `follow` what is left afterwards."""
+        self.silent = True
+        try:
+            yield
+        finally:
+            self.silent = False
+
     @property
     def place(self) -> str:
         """The module that runs."""
@@ -375,6 +397,11 @@ class Recorder:
     def current_tag(self, operator: str) -> int:
         """The tag of what happens now."""
         return self.recording.tag(Tag(operator, self.place, self.phase))
+
+    def alive_bytes(self) -> int:
+        """Bytes of what was allocated and is still there."""
+        sizes = dict(step[1:3] for step in self.recording.steps if step[0] == _ALLOC)
+        return sum(sizes.get(block, 0) for block in self.blocks.values())
 
     def follow(self, tensor: Tensor, tag: int) -> bool:
         """Whether the tensor's storage is new."""
@@ -389,8 +416,10 @@ class Recorder:
     def mode(self) -> Any:
         """The dispatch mode; goes above the fake mode."""
         from ._operators import workspace_bytes
+        from .known import Known
         from .strides import corrected
 
+        known = Known()
         recorder = self
         recording = self.recording
         leaves = torch.utils._pytree.tree_leaves
@@ -400,6 +429,8 @@ class Recorder:
                 self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
             ) -> Any:
                 kwargs = kwargs or {}
+                if recorder.silent:
+                    return known.run(func, args, kwargs)
                 name = str(func)
                 recorder.operator = name
                 try:
@@ -408,15 +439,20 @@ class Recorder:
                     call = None
                 else:
                     call = Call(func, spec)
-                out = func(*args, **kwargs)
+                for leaf in leaves((args, kwargs)):
+                    if isinstance(leaf, Tensor) and name != "aten.lift_fresh.default":
+                        # A tensor that the model holds as an attribute was there before the call.
+                        recorder.blocks.setdefault(leaf.untyped_storage(), 0)
+                out = known.run(func, args, kwargs)
                 out = corrected(func, args, out, recorder.reshape.get(call) if call else None)
                 tag = recorder.current_tag(name)
                 number = len(recording.calls)
                 recording.steps.append((_CALL, number, 0, tag))
-                fresh = False
-                for leaf in leaves(out):
-                    if isinstance(leaf, Tensor):
-                        fresh = recorder.follow(leaf, tag) or fresh
+                before = len(recording.steps)
+                made = [leaf for leaf in leaves(out) if isinstance(leaf, Tensor)]
+                for leaf in made:
+                    recorder.follow(leaf, tag)
+                fresh = tuple(step[2] for step in recording.steps[before:])
                 own = func.namespace == "vramkit"
                 if own:
                     short = func._schema.name.removeprefix("vramkit::")
@@ -424,8 +460,11 @@ class Recorder:
                     if declared:
                         recording.declared[number] = declared
                 # A view allocates nothing, and needs no probe.
-                needed = (fresh or func._schema.is_mutable) and not own
+                needed = (bool(fresh) or func._schema.is_mutable) and not own
                 recording.calls.append(call if needed else None)
+                if call is not None and needed and call not in recording.results:
+                    recording.results[call] = fresh
+                    recording.strides[call] = tuple(tuple(t.stride()) for t in made)
                 if not needed and not fresh and number not in recording.declared:
                     recording.steps.pop()
                     recording.calls.pop()

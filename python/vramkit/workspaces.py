@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .tracing import Call, Geometry, geometries
+from .targets import Target
+from .tracing import Call, Geometry, Inside, geometries
 
 
 def work(call: Call) -> float:
@@ -43,3 +44,11 @@ def _convolution_work(args: tuple[Any, ...]) -> float:
         return float(x.numel) * prod(weight.shape[1:])
     stride = args[4][1:] if len(args) > 4 and isinstance(args[4], tuple) else (1,)
     return float(x.numel) / prod(stride) * weight.numel / max(1, weight.shape[1])
+
+
+def inside_of(call: Call, results: tuple[int, ...], target: Target) -> Inside | None:
+    """What a call allocates, by rule: signed sizes in order; None where only results are known.
+
+    `results` are the bytes of the call's new results.
+    """
+    return None
