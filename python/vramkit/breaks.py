@@ -47,8 +47,8 @@ def explained(recorder: Recorder) -> Iterator[None]:
             raise _no_fake(recorder, error) from error
         if "overflow" in text.lower():
             raise ValueError(
-                f"a tensor in {_place(recorder)} would have more than 2**63 bytes ({_line(error)}); "
-                "check the shapes of the inputs"
+                f"a tensor in {_place(recorder)} would have more than 2**63 bytes "
+                f"({_line(error)}); check the shapes of the inputs"
             ) from error
         raise
 
@@ -79,7 +79,7 @@ def _no_fake(recorder: Recorder, error: Exception) -> ValueError:
 
 
 def checked_shape(shape: Sequence[int], dtype: torch.dtype, name: str) -> tuple[int, ...]:
-    """`shape`, if it can be a tensor's; ValueError for negative sizes and for 2**63 bytes or more."""
+    """`shape`, if it can be a tensor's; ValueError for negative sizes and beyond 2**63 bytes."""
     if any(v < 0 for v in shape):
         raise ValueError(f"the shape {tuple(shape)} of input {name!r} has a negative size")
     if math.prod(max(v, 1) for v in shape) * dtype.itemsize > LARGEST_BYTES:

@@ -1,9 +1,9 @@
 """A generation loop traced by a prefill and two decode steps, with the cache grown between them.
 
 `generate()` itself cannot be traced: it ends by a token's value. The loop here does what its greedy
-search does for memory: the last logits copied to float32, the ids concatenated, the cache updated
-by its own code. Nothing but the cache and the ids grows from step to step, so that the last step
-holds the most.
+search does for memory: the last logits copied to float32 and held until the next ones are there,
+the ids concatenated, the cache updated by its own code. Nothing but the cache and the ids grows
+from step to step, so that the last step holds the most.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ class Loop:
             )
         self.encodes = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         self.found = Generation(0, new_tokens)
+        self.scores: Tensor | None = None
 
     def __call__(self, recorder: Recorder) -> Any:
         """The whole loop; returns the ids."""
@@ -90,6 +91,7 @@ class Loop:
                 if steps > 2:
                     done, ids, mask = self._jump(recorder, cache, steps - 2, ids, mask)
         self.found.cache_bytes = _bytes(cache)
+        self.scores = None
         return ids
 
     def _encoded(
@@ -117,8 +119,8 @@ class Loop:
         return {k: v for k, v in given.items() if k in self.takes}
 
     def _next(self, ids: Tensor, mask: Tensor, out: Any) -> tuple[Tensor, Tensor]:
-        scores = out.logits[:, -1].to(copy=True, dtype=torch.float32)
-        token = scores.argmax(-1)
+        self.scores = out.logits[:, -1].to(copy=True, dtype=torch.float32)
+        token = self.scores.argmax(-1)
         ids = torch.cat([ids, token[:, None]], dim=-1)
         if not self.encodes:
             mask = torch.cat([mask, mask.new_ones((mask.shape[0], 1))], dim=-1)

@@ -1,7 +1,8 @@
 """Where a fake tensor's strides are not those that the real operator gives, and what is done.
 
-Fake views may take another stride in a dimension of size one. That changes nothing for arithmetic
-and much for a convolution, which chooses its memory layout by strides.
+Fake views, and elementwise operators on their results, may take another stride in a dimension of
+size one. That changes nothing for arithmetic and much for a convolution, which chooses its memory
+layout by strides. Probes see the real strides; without them the rules here stand in.
 """
 
 from __future__ import annotations
@@ -29,7 +30,36 @@ def corrected(
         stride = _view_stride(args[0], tuple(out.shape))
         if stride is not None and stride != out.stride():
             return torch.as_strided(out, out.shape, stride, out.storage_offset())
+    first = args[0] if args and isinstance(args[0], Tensor) else None
+    if first is None or 1 not in first.shape:
+        return out
+    if func._schema.name in _ELEMENTWISE and isinstance(out, Tensor):
+        if out.shape == first.shape and _dense(first):
+            return _with_strides(out, [first.stride()])
+    if func._schema.name == "aten::native_group_norm" and _channels_last(first):
+        _, c, h, w = first.shape
+        return _with_strides(out, [(c * h * w, 1, c * w, c)])
     return out
+
+
+def _channels_last(x: Tensor) -> bool:
+    if x.dim() != 4 or x.is_contiguous():
+        return False
+    return x.is_contiguous(memory_format=torch.channels_last)
+
+
+_ELEMENTWISE = frozenset(f"aten::{n}" for n in ("add", "sub", "mul", "div", "silu", "relu", "gelu"))
+
+
+def _dense(x: Tensor) -> bool:
+    """Whether the elements fill their storage's part without gaps, in some order."""
+    steps = sorted((s, n) for s, n in zip(x.stride(), x.shape, strict=True) if n > 1)
+    expected = 1
+    for step, count in steps:
+        if step != expected:
+            return False
+        expected *= count
+    return True
 
 
 def _view_stride(x: Tensor, shape: tuple[int, ...]) -> tuple[int, ...] | None:

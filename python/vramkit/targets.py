@@ -79,9 +79,9 @@ class Target:
         four = query.dim() == key.dim() == value.dim() == 4
         same_head = query.shape[-1] == key.shape[-1] == value.shape[-1]
         half = query.dtype in _HALF
-        if self.flash and half and four and same_head and mask is None:
-            if query.shape[-1] <= _FLASH_HEAD:
-                return "flash"
+        fits = four and same_head and query.shape[-1] <= _FLASH_HEAD
+        if self.flash and half and fits and mask is None:
+            return "flash"
         if self.efficient and four and query.dtype in (*_HALF, torch.float32):
             return "efficient"
         return "math"
