@@ -17,6 +17,7 @@ SUITES = {
     "conversion": "encoding and decoding by format, against a copy's rate and the peers",
     "int8": "dynamic INT8 and LLM.int8 on the CPU, against torch, bitsandbytes and the limit",
     "conv": "convolutions on the CPU, against torch's in bfloat16",
+    "estimate": "predicted against measured peaks on a frozen zoo, beside the peers",
     "interop": "bitsandbytes' operators on our kernels and on its own; memory of a QLoRA step",
 }
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .estimator import MemoryEstimate, estimate
     from .inspection import ModelInfo, describe
     from .model_manager import VRAMEfficientModelManager
+    from .phases import PipelineEstimate, estimate_pipeline
     from .planner import Plan, fit, plan
     from .quality import Comparison, Recording, compare, record
 
@@ -49,6 +50,8 @@ _LAZY = {
     "describe": "inspection",
     "MemoryEstimate": "estimator",
     "estimate": "estimator",
+    "PipelineEstimate": "phases",
+    "estimate_pipeline": "phases",
     "Plan": "planner",
     "fit": "planner",
     "plan": "planner",
@@ -83,6 +86,7 @@ __all__ = [
     "MemoryEstimate",
     "ModelInfo",
     "NonFiniteWeightError",
+    "PipelineEstimate",
     "Plan",
     "PrecisionMode",
     "QuantizedLayer",
@@ -97,6 +101,7 @@ __all__ = [
     "convert_checkpoint",
     "describe",
     "estimate",
+    "estimate_pipeline",
     "fit",
     "format_names",
     "format_size",

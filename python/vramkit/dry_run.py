@@ -21,6 +21,7 @@ from .workspaces import inside_of
 
 Play = Callable[[Recorder], Any]
 ROUNDS = 4  # passes over a run; strides settle in two
+NEGLIGIBLE = 128  # a first call that leaves less than this part of the peak is not repeated
 
 
 @dataclass
@@ -30,8 +31,8 @@ class Findings:
     Attributes:
         trace: All allocations and releases.
         peak_bytes: The most alive at once.
-        kept_bytes: What a first call leaves in the model, such as tables it computes once; not in
-            the trace.
+        kept_bytes: What a first call leaves in the model, such as tables it computes once. Not in
+            the trace, unless it is less than a 128th of the peak.
         results: Blocks of what the run returned.
         ruled: Operators for which a rule answered, and how many distinct calls.
         notes: What the figures leave out or assume.
@@ -60,7 +61,9 @@ class Findings:
             names = ", ".join(sorted(self.ruled))
             lines.append(f"not probed, because too large or not repeatable, but by rule: {names}")
         if self.kept_bytes:
-            lines.append(f"the first call leaves {self.kept_bytes} bytes in the model, not counted")
+            lines.append(
+                f"the first call leaves {self.kept_bytes} bytes in the model for later ones"
+            )
         lines += [
             f"probe of {call.operator} failed: {why}" for call, why in self.probes.failed.items()
         ]
@@ -136,7 +139,7 @@ class DryRun:
         probe = probe and self.target.kind == "cpu"
         recorder = self.record(play, {})
         kept = recorder.alive_bytes()
-        again = kept > 0
+        again = kept * NEGLIGIBLE > recorder.recording.bare_peak()
         for _ in range(ROUNDS):
             if probe:
                 probes.learn(recorder.recording, store)

@@ -46,7 +46,7 @@ class MemoryEstimate:
         timeline: (module, live bytes of the call) at every module's end.
         notes: What the figures leave out or assume.
         target: The device that the estimate is for.
-        kept_bytes: What a first call leaves in the model for later ones; in no other figure.
+        kept_bytes: What a first call leaves in the model for later ones.
         shapes: activations_bytes of every named shape, where several were asked for; the other
             figures are those of the largest.
         generation: The cache of a generation loop.

@@ -31,7 +31,7 @@ SCHEMA = "vramkit.probes/1"
 # and not clocks, so that the same estimate gives the same figures on a busy machine.
 WORK_OF_ONE = 4e9
 WORK_OF_ALL = 2e11
-BYTES_OF_ONE = 1 << 28
+BYTES_OF_ONE = 1 << 25  # arguments and results; what is inside comes on top
 KEPT = 20000  # calls in the file; the oldest go first
 
 
@@ -231,6 +231,8 @@ class Store:
         """What the file says of a call; None where it says nothing that can be used."""
         kept = self.calls.get(self.key(call))
         try:
+            if kept is None:
+                return None
             sizes, strides = kept
             learned = Learned(
                 tuple(int(n) for n in sizes), tuple(tuple(int(n) for n in s) for s in strides)

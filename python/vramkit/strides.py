@@ -33,9 +33,9 @@ def corrected(
     first = args[0] if args and isinstance(args[0], Tensor) else None
     if first is None or 1 not in first.shape:
         return out
-    if func._schema.name in _ELEMENTWISE and isinstance(out, Tensor):
-        if out.shape == first.shape and _dense(first):
-            return _with_strides(out, [first.stride()])
+    alike = isinstance(out, Tensor) and out.shape == first.shape
+    if alike and func._schema.name in _ELEMENTWISE and _dense(first):
+        return _with_strides(out, [first.stride()])
     if func._schema.name == "aten::native_group_norm" and _channels_last(first):
         _, c, h, w = first.shape
         return _with_strides(out, [(c * h * w, 1, c * w, c)])

@@ -76,12 +76,16 @@ class Trace:
         return after
 
     def peak(self, phase: str | None = None) -> int:
-        """The most bytes alive at once; with `phase`, while that phase's operators run."""
+        """The most bytes alive at once; with `phase`, at that phase's own allocations."""
         after = self.live()
         if phase is None:
             return max(after, default=0)
-        tags = [tag.phase == phase for tag in self.tags]
-        inside = (n for n, (_, _, _, tag) in zip(after, self, strict=True) if tags[tag])
+        chosen = [tag.phase == phase for tag in self.tags]
+        inside = (
+            now
+            for now, (_, size, _, tag) in zip(after, self, strict=True)
+            if chosen[tag] and size != RELEASE
+        )
         return max(inside, default=0)
 
     def phases(self) -> list[str]:
@@ -220,6 +224,19 @@ class Recording:
     def distinct(self) -> list[Call]:
         """The calls without repetitions, in order."""
         return list(dict.fromkeys(call for call in self.calls if call is not None))
+
+    def bare_peak(self) -> int:
+        """The most bytes alive at once, of results alone."""
+        sizes: dict[int, int] = {}
+        now = peak = 0
+        for kind, block, nbytes, _ in self.steps:
+            if kind == _ALLOC:
+                sizes[block] = nbytes
+                now += nbytes
+                peak = max(peak, now)
+            elif kind == _FREE:
+                now -= sizes.pop(block, 0)
+        return peak
 
     def differs(self, known: Mapping[Call, Sequence[tuple[int, ...]]]) -> bool:
         """Whether any result had other strides than those that are known now."""
