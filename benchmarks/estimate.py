@@ -203,15 +203,18 @@ def mem_tracker(model: nn.Module, inputs: Inputs) -> int | None:
     skeleton = meta_copy(model)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     fake_parameters(skeleton, fake)
+    for parameter in skeleton.parameters():  # it hooks their gradients
+        parameter.requires_grad_(parameter.is_floating_point())
     args, kwargs = call_arguments(inputs, torch.float32)
-    take = torch.utils._pytree.tree_map
+    take, leaves = torch.utils._pytree.tree_map, torch.utils._pytree.tree_leaves
     try:
         with fake, torch.no_grad():
             args, kwargs = take(
                 lambda v: fake.from_tensor(v) if isinstance(v, torch.Tensor) else v, (args, kwargs)
             )
             tracker = MemTracker()
-            tracker.track_external(skeleton)
+            given = [v for v in leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
+            tracker.track_external(skeleton, *given)
             with tracker:
                 out = skeleton(*args, **kwargs)
             del out
@@ -222,7 +225,7 @@ def mem_tracker(model: nn.Module, inputs: Inputs) -> int | None:
     finally:
         gc.collect()
     total = sum(values["Total"] for values in peak.values())
-    return int(total) - weight_bytes(model)
+    return int(total) - weight_bytes(model) - sum(v.nbytes for v in given)
 
 
 def share(cases: list[dict[str, Any]], name: str, within: float) -> float:

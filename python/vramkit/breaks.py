@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from .tracing import Recorder
+    from .recorder import Recorder
 
 _INSTEAD = "Measure one real call instead: vramkit.measure.call(model, inputs)"
 LARGEST_BYTES = 2**63 - 1

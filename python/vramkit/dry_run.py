@@ -15,13 +15,16 @@ from torch import Tensor, nn
 
 from .known import LARGEST
 from .probing import Probes, Store
+from .recorder import Recorder, module_paths
 from .targets import Target
-from .tracing import Call, Inside, Recorder, Recording, Trace, module_paths
+from .tracing import Call, Inside, Recording, Trace
 from .workspaces import inside_of
 
 Play = Callable[[Recorder], Any]
 ROUNDS = 4  # passes over a run; strides settle in two
-NEGLIGIBLE = 128  # a first call that leaves less than this part of the peak is not repeated
+# A first call that leaves less than this part of the peak is not repeated: what it leaves is taken
+# out of its trace, and what it needed to make that stays in.
+NEGLIGIBLE = 16
 
 
 @dataclass
@@ -31,8 +34,8 @@ class Findings:
     Attributes:
         trace: All allocations and releases.
         peak_bytes: The most alive at once.
-        kept_bytes: What a first call leaves in the model, such as tables it computes once. Not in
-            the trace, unless it is less than a 128th of the peak.
+        kept_bytes: What a first call leaves in the model, such as tables it computes once; not in
+            the trace.
         results: Blocks of what the run returned.
         ruled: Operators for which a rule answered, and how many distinct calls.
         notes: What the figures leave out or assume.
@@ -138,7 +141,7 @@ class DryRun:
         probes = Probes()
         probe = probe and self.target.kind == "cpu"
         recorder = self.record(play, {})
-        kept = recorder.alive_bytes()
+        kept = sum(recorder.alive().values())
         again = kept * NEGLIGIBLE > recorder.recording.bare_peak()
         for _ in range(ROUNDS):
             if probe:
@@ -164,7 +167,7 @@ class DryRun:
             if probe or sizes is not None:
                 name = call.operator._schema.name
                 ruled[name] = ruled.get(name, 0) + 1
-        trace = recording.assemble(inside, recorder.results)
+        trace = recording.assemble(inside, recorder.results | recorder.alive().keys())
         return Findings(trace, kept, probes, ruled, list(self.target.notes()))
 
 

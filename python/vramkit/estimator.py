@@ -20,13 +20,15 @@ from .breaks import checked_shape
 from .convert import Precision, convert, storage_format
 from .layers import QuantizedLayer
 from .layers.folding import foldings
+from .loading import load_trace, stored_tensors
 from .sizes import format_size
 from .targets import Target, parse_target
 
 if TYPE_CHECKING:
     from .generation import Generation
     from .probing import Store
-    from .tracing import Recorder, Tag, Trace
+    from .recorder import Recorder
+    from .tracing import Tag, Trace
 
 # Integer inputs of language models, where only a shape is given.
 _INTEGER_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "labels")
@@ -52,6 +54,7 @@ class MemoryEstimate:
         generation: The cache of a generation loop.
         probes: Operators that were run for this estimate, and the seconds that took.
         trace: Every allocation and release of the call.
+        load_trace: Every allocation and release of `vramkit.load`, weight by weight.
     """
 
     weights_bytes: int
@@ -67,6 +70,12 @@ class MemoryEstimate:
     generation: Generation | None = None
     probes: tuple[int, float] = (0, 0.0)
     trace: Trace | None = field(default=None, repr=False)
+    load_trace: Trace | None = field(default=None, repr=False)
+
+    @property
+    def load_peak_bytes(self) -> int | None:
+        """The most alive while `vramkit.load` reads and converts the weights, one after another."""
+        return None if self.load_trace is None else self.load_trace.peak()
 
     @property
     def peak_bytes(self) -> int | None:
@@ -83,6 +92,7 @@ class MemoryEstimate:
             "inputs_bytes": self.inputs_bytes,
             "activations_bytes": self.activations_bytes,
             "peak_bytes": self.peak_bytes,
+            "load_peak_bytes": self.load_peak_bytes,
             "layers": [
                 {"name": name, "format": fmt, "layer_bytes": n} for name, fmt, n in self.layers
             ],
@@ -182,6 +192,7 @@ def estimate(
         from .skeleton import build_skeleton
 
         skeleton = build_skeleton(model)
+    stored = stored_tensors(skeleton)
     label = "as it is"
     if precision is not None:
         label = "mixed" if isinstance(precision, Mapping) else _label(precision)
@@ -189,6 +200,7 @@ def estimate(
             convert(skeleton, precision, skip=skip)
     found = MemoryEstimate(weight_bytes(skeleton), precision=label, target=aim.name)
     found.layers = list(_layer_bytes(skeleton))
+    found.load_trace = load_trace(stored, skeleton)
     if inputs is None and shapes is None:
         return found
     from .probing import Store

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .tracing import Recorder
+from .recorder import Recorder
 
 LONGEST_UNROLLED = 64  # steps, for a cache whose growth is not understood
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .tracing import tensors_in
+
 LARGEST = 1 << 20  # elements; larger masks keep their shapes only
 LARGEST_FLOAT = 64  # elements: counters that were divided, scales; never activations
 
@@ -32,16 +34,15 @@ class Known:
             and value.untyped_storage() not in self.unknown
         )
 
-    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The operator's result: real where it can be known, else fake."""
+    def run(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]
+    ) -> Any:
+        """The operator's result: real where it can be known, else fake. `tensors` are in `args`."""
         from torch._subclasses.fake_tensor import (
             DataDependentOutputException,
             DynamicOutputShapeException,
         )
 
-        tensors = [
-            t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)
-        ]
         if not all(self.holds(t) for t in tensors) or _random(func):
             return self._written(func, args, kwargs, tensors)
         if func.is_view and tensors:
@@ -53,11 +54,11 @@ class Known:
             if not small:
                 raise
             return _real(func, args, kwargs)
-        made = [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor)]
         if func._schema.is_mutable and tensors:
-            return (
-                _real(func, args, kwargs) if small else self._written(func, args, kwargs, tensors)
-            )
+            if small:
+                return _real(func, args, kwargs)
+            return self._written(func, args, kwargs, tensors)
+        made = tensors_in(out)
         if made and small and all(_plain(t) for t in made):
             return _real(func, args, kwargs)
         return out

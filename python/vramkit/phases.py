@@ -19,7 +19,8 @@ from .sizes import format_size
 from .targets import Target, parse_target
 
 if TYPE_CHECKING:
-    from .tracing import Recorder, Trace
+    from .recorder import Recorder
+    from .tracing import Trace
 
 Model = nn.Module | str | os.PathLike[str]
 RESIDENT = ("all", "one")

@@ -32,6 +32,10 @@ SCHEMA = "vramkit.probes/1"
 WORK_OF_ONE = 4e9
 WORK_OF_ALL = 2e11
 BYTES_OF_ONE = 1 << 25  # arguments and results; what is inside comes on top
+# Whose operators may be run: they have no effect but their results. Others might write files, talk
+# to other processes, or hold on to what they are given.
+NAMESPACES = frozenset({"aten", "prims", "torchvision", "vramkit"})
+_MARK = "vramkit probe "  # no operator is called so
 KEPT = 20000  # calls in the file; the oldest go first
 
 
@@ -50,7 +54,7 @@ class Probes:
         found: By call.
         ran: Calls that were run now; the others came from the cache.
         seconds: Time of all of it.
-        too_large: Calls that were not run because they would take long or much memory.
+        not_run: Calls that would take long or much memory, or are not torch's own operators.
         failed: (operator, reason) of calls that raised on zeros.
         notes: What went wrong with the cache.
     """
@@ -59,7 +63,7 @@ class Probes:
     ran: int = 0
     seconds: float = 0.0
     work: float = 0.0
-    too_large: set[Call] = field(default_factory=set)
+    not_run: set[Call] = field(default_factory=set)
     failed: dict[Call, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -78,12 +82,15 @@ class Probes:
             if kept is not None:
                 self.found[call] = kept
                 continue
-            if call in self.too_large:
+            if call in self.not_run:
                 continue
             cost = work(call)
             size = sum(g.nbytes for g in geometries(call.spec)) + sum(recording.results[call])
+            if call.operator.namespace not in NAMESPACES:
+                self.not_run.add(call)
+                continue
             if cost > WORK_OF_ONE or size > BYTES_OF_ONE or self.work + cost > WORK_OF_ALL:
-                self.too_large.add(call)
+                self.not_run.add(call)
                 continue
             self.work += cost
             wanted.append(call)
@@ -95,6 +102,8 @@ class Probes:
             self.ran += len(good)
             if store is not None:
                 store.put(good)
+        if store is not None:
+            self.notes = list(dict.fromkeys(self.notes + store.notes))
         self.seconds += time.perf_counter() - start
 
 
@@ -154,7 +163,7 @@ def run_probes(calls: Sequence[Call]) -> dict[Call, Learned | str]:
 
 def _run_one(call: Call, number: int) -> tuple[tuple[int, ...], ...]:
     args, kwargs = _built(call.spec[0]), _built(call.spec[1])
-    with torch.profiler.record_function(f"vramkit:{number}"):
+    with torch.profiler.record_function(f"{_MARK}{number}"):
         out = call.operator(*args, **kwargs)
     leaves = torch.utils._pytree.tree_leaves(out)
     return tuple(tuple(v.stride()) for v in leaves if isinstance(v, Tensor))
@@ -169,8 +178,8 @@ def _windows(profiler: Any, count: int) -> list[list[int]]:
         name = event.name()
         if name == "[memory]":
             memory.append((event.start_ns(), event.nbytes()))
-        elif name.startswith("vramkit:"):
-            marks[int(name.removeprefix("vramkit:"))] = (event.start_ns(), event.end_ns())
+        elif name.startswith(_MARK):
+            marks[int(name.removeprefix(_MARK))] = (event.start_ns(), event.end_ns())
     memory.sort(key=lambda item: item[0])
     found: list[list[int]] = [[] for _ in range(count)]
     place = 0

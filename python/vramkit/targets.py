@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .tracing import Recorder
+    from .recorder import Recorder
 
 # (least capability, flash attention, memory-efficient attention, bytes of cuBLAS' workspace). From
 # 8.0 on there is flash attention, from 5.0 memory-efficient; the workspace is torch's default, one

@@ -8,16 +8,14 @@ The result is a Trace: plain events that an allocator's simulator can replay.
 from __future__ import annotations
 
 import functools
-import weakref
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 if TYPE_CHECKING:
     import numpy as np
@@ -173,6 +171,17 @@ def described(value: Any) -> Any:
     raise Unhashable(type(value).__name__)
 
 
+def tensors_in(value: Any) -> list[Tensor]:
+    """All tensors in an operator's arguments or results."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, (tuple, list)):
+        return [t for part in value for t in tensors_in(part)]
+    if isinstance(value, dict):
+        return [t for part in value.values() for t in tensors_in(part)]
+    return []
+
+
 def geometries(spec: Any) -> Iterator[Geometry]:
     """All tensors of a description, in order."""
     if isinstance(spec, Geometry):
@@ -186,7 +195,7 @@ def geometries(spec: Any) -> Iterator[Geometry]:
 # those that stay. None means unknown.
 Inside = Sequence[int]
 
-_CALL, _ALLOC, _FREE, _MARK = range(4)
+CALL, ALLOC, FREE, MARK = range(4)
 
 
 @dataclass
@@ -209,17 +218,17 @@ class Recording:
     def mark(self, label: str) -> None:
         """Note that `label` ends, or begins, here."""
         self.labels.append(label)
-        self.steps.append((_MARK, len(self.labels) - 1, 0, 0))
+        self.steps.append((MARK, len(self.labels) - 1, 0, 0))
 
     def allocate(self, nbytes: int, tag: int) -> int:
         """A new block's number."""
         self.blocks += 1
-        self.steps.append((_ALLOC, self.blocks, nbytes, tag))
+        self.steps.append((ALLOC, self.blocks, nbytes, tag))
         return self.blocks
 
     def free(self, block: int, tag: int) -> None:
         """The end of a block."""
-        self.steps.append((_FREE, block, 0, tag))
+        self.steps.append((FREE, block, 0, tag))
 
     def distinct(self) -> list[Call]:
         """The calls without repetitions, in order."""
@@ -230,11 +239,11 @@ class Recording:
         sizes: dict[int, int] = {}
         now = peak = 0
         for kind, block, nbytes, _ in self.steps:
-            if kind == _ALLOC:
+            if kind == ALLOC:
                 sizes[block] = nbytes
                 now += nbytes
                 peak = max(peak, now)
-            elif kind == _FREE:
+            elif kind == FREE:
                 now -= sizes.pop(block, 0)
         return peak
 
@@ -253,15 +262,15 @@ class Recording:
         while index < len(self.steps):
             kind, number, nbytes, tag = self.steps[index]
             index += 1
-            if kind == _MARK:
+            if kind == MARK:
                 made.marks.append((self.labels[number], len(made)))
-            elif kind == _ALLOC:
+            elif kind == ALLOC:
                 writer.allocate(number, nbytes, tag)
-            elif kind == _FREE:
+            elif kind == FREE:
                 writer.free(number, tag)
             else:
                 results = []
-                while index < len(self.steps) and self.steps[index][0] == _ALLOC:
+                while index < len(self.steps) and self.steps[index][0] == ALLOC:
                     results.append(self.steps[index][1:3])
                     index += 1
                 call = self.calls[number]
@@ -339,152 +348,3 @@ def _paired(sizes: tuple[int, ...]) -> tuple[list[tuple[int, bool]], list[int]]:
 def paired(sizes: Inside) -> tuple[list[tuple[int, bool]], list[int]]:
     """((place, begins) in order, places that are never released) of a list of signed sizes."""
     return _paired(tuple(sizes))
-
-
-@contextmanager
-def module_paths(models: Mapping[str, nn.Module], record: Recorder) -> Iterator[None]:
-    """Within it, `record` knows which module runs; ends are marked.
-
-    Forward methods of the instances are wrapped, because hooks switch fast paths off that the real
-    call would take. The models are skeletons that nobody else holds.
-    """
-    wrapped = []
-    for prefix, model in models.items():
-        for name, module in model.named_modules():
-            if isinstance(module, torch.jit.ScriptModule) or "forward" in module.__dict__:
-                continue
-            path = ".".join(part for part in (prefix, name) if part)
-            module.__dict__["forward"] = _within(module.forward, path, record)
-            wrapped.append(module)
-    try:
-        yield
-    finally:
-        for module in wrapped:
-            del module.__dict__["forward"]
-
-
-def _within(forward: Callable[..., Any], path: str, record: Recorder) -> Callable[..., Any]:
-    @functools.wraps(forward)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        record.stack.append(path)
-        out = forward(*args, **kwargs)
-        # Only where it succeeds: after an error the stack says where it happened.
-        record.stack.pop()
-        record.recording.mark(path or "model")
-        return out
-
-    return run
-
-
-class Recorder:
-    """Follows storages; `mode()` is the dispatch mode that feeds it."""
-
-    def __init__(self, known: Iterable[Tensor]) -> None:
-        self.recording = Recording()
-        self.stack: list[str] = []
-        self.phase = "run"
-        self.operator = ""
-        self.forget_results = False
-        self.silent = False
-        self.results: set[int] = set()
-        self.reshape: Mapping[Call, Sequence[tuple[int, ...]]] = {}
-        self.blocks: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
-        for tensor in known:
-            self.blocks[tensor.untyped_storage()] = 0
-
-    def begin(self, phase: str) -> None:
-        """What follows belongs to `phase`."""
-        self.phase = phase
-        self.recording.mark(phase)
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Within it nothing is recorded but releases; `follow` what is left afterwards."""
-        self.silent = True
-        try:
-            yield
-        finally:
-            self.silent = False
-
-    @property
-    def place(self) -> str:
-        """The module that runs."""
-        return self.stack[-1] if self.stack else ""
-
-    def current_tag(self, operator: str) -> int:
-        """The tag of what happens now."""
-        return self.recording.tag(Tag(operator, self.place, self.phase))
-
-    def alive_bytes(self) -> int:
-        """Bytes of what was allocated and is still there."""
-        sizes = dict(step[1:3] for step in self.recording.steps if step[0] == _ALLOC)
-        return sum(sizes.get(block, 0) for block in self.blocks.values())
-
-    def follow(self, tensor: Tensor, tag: int) -> bool:
-        """Whether the tensor's storage is new."""
-        storage = tensor.untyped_storage()
-        if storage in self.blocks:
-            return False
-        block = self.recording.allocate(storage.nbytes(), tag)
-        self.blocks[storage] = block
-        weakref.finalize(storage, self.recording.free, block, tag).atexit = False
-        return True
-
-    def mode(self) -> Any:
-        """The dispatch mode; goes above the fake mode."""
-        from ._operators import workspace_bytes
-        from .known import Known
-        from .strides import corrected
-
-        known = Known()
-        recorder = self
-        recording = self.recording
-        leaves = torch.utils._pytree.tree_leaves
-
-        class Mode(torch.utils._python_dispatch.TorchDispatchMode):
-            def __torch_dispatch__(
-                self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-            ) -> Any:
-                kwargs = kwargs or {}
-                if recorder.silent:
-                    return known.run(func, args, kwargs)
-                name = str(func)
-                recorder.operator = name
-                try:
-                    spec = (described(args), described(kwargs))
-                except Unhashable:
-                    call = None
-                else:
-                    call = Call(func, spec)
-                for leaf in leaves((args, kwargs)):
-                    if isinstance(leaf, Tensor) and name != "aten.lift_fresh.default":
-                        # A tensor that the model holds as an attribute was there before the call.
-                        recorder.blocks.setdefault(leaf.untyped_storage(), 0)
-                out = known.run(func, args, kwargs)
-                out = corrected(func, args, out, recorder.reshape.get(call) if call else None)
-                tag = recorder.current_tag(name)
-                number = len(recording.calls)
-                recording.steps.append((_CALL, number, 0, tag))
-                before = len(recording.steps)
-                made = [leaf for leaf in leaves(out) if isinstance(leaf, Tensor)]
-                for leaf in made:
-                    recorder.follow(leaf, tag)
-                fresh = tuple(step[2] for step in recording.steps[before:])
-                own = func.namespace == "vramkit"
-                if own:
-                    short = func._schema.name.removeprefix("vramkit::")
-                    declared = workspace_bytes(short, args)
-                    if declared:
-                        recording.declared[number] = declared
-                # A view allocates nothing, and needs no probe.
-                needed = (bool(fresh) or func._schema.is_mutable) and not own
-                recording.calls.append(call if needed else None)
-                if call is not None and needed and call not in recording.results:
-                    recording.results[call] = fresh
-                    recording.strides[call] = tuple(tuple(t.stride()) for t in made)
-                if not needed and not fresh and number not in recording.declared:
-                    recording.steps.pop()
-                    recording.calls.pop()
-                return out
-
-        return Mode()

@@ -24,6 +24,10 @@ def work(call: Call) -> float:
         return float(a.numel) * (b.shape[-1] if len(b.shape) > 1 else 1)
     if "convolution" in name:
         return _convolution_work(call.spec[0])
+    if call.operator.namespace == "vramkit":
+        # Rows of the input times the codes, which hold up to two weights in a byte.
+        rows = tensors[0].numel / max(1, tensors[0].shape[-1] if tensors[0].shape else 1)
+        return rows * 2 * max(g.numel for g in tensors[1:] or tensors)
     if "attention" in name:
         query, key = tensors[0], tensors[1]
         length = key.shape[-2] if len(key.shape) > 1 else 1

@@ -131,5 +131,6 @@ INT8_MERGED = 0.05
 # of a few bytes that C++ wraps and frees outside of any operator.
 PROBED_PEAK = 0.005
 # By rule alone: the rules know results, reorders and packed panels, not every scratch buffer of
-# oneDNN; the promise for a whole zoo is 10 % (benchmarks, suite `estimate`).
-RULED_PEAK = 0.10
+# oneDNN, which for small transposed convolutions makes up a tenth. (The promise, 10 % in 90 % of a
+# zoo, is the suite `estimate` of the benchmarks.)
+RULED_PEAK = 0.15
