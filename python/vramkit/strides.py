@@ -34,8 +34,9 @@ def corrected(
     if first is None or 1 not in first.shape:
         return out
     alike = isinstance(out, Tensor) and out.shape == first.shape
-    if alike and func._schema.name in _ELEMENTWISE and _dense(first):
-        return _with_strides(out, [first.stride()])
+    alone = not any(isinstance(a, Tensor) and a.dim() for a in args[1:])
+    if alike and alone and func._schema.name in _ELEMENTWISE and _dense(first):
+        return _with_strides(out, [_compact(first)])
     if func._schema.name == "aten::native_group_norm" and _channels_last(first):
         _, c, h, w = first.shape
         return _with_strides(out, [(c * h * w, 1, c * w, c)])
@@ -49,6 +50,15 @@ def _channels_last(x: Tensor) -> bool:
 
 
 _ELEMENTWISE = frozenset(f"aten::{n}" for n in ("add", "sub", "mul", "div", "silu", "relu", "gelu"))
+
+
+def _compact(x: Tensor) -> tuple[int, ...]:
+    """Strides without gaps in the order of `x`'s own, as TensorIterator allocates a result."""
+    made, step = [0] * x.dim(), 1
+    for dim in sorted(range(x.dim()), key=lambda d: (x.stride(d), -d)):
+        made[dim] = step
+        step *= x.shape[dim]
+    return tuple(made)
 
 
 def _dense(x: Tensor) -> bool:
