@@ -30,7 +30,7 @@ def module_paths(models: Mapping[str, nn.Module], record: Recorder) -> Iterator[
             if isinstance(module, torch.jit.ScriptModule) or "forward" in module.__dict__:
                 continue
             path = ".".join(part for part in (prefix, name) if part)
-            module.__dict__["forward"] = _within(module.forward, path, record)
+            module.__dict__["forward"] = _within(module, path, record)
             wrapped.append(module)
     try:
         yield
@@ -39,17 +39,35 @@ def module_paths(models: Mapping[str, nn.Module], record: Recorder) -> Iterator[
             del module.__dict__["forward"]
 
 
-def _within(forward: Callable[..., Any], path: str, record: Recorder) -> Callable[..., Any]:
+_LINEAR = (nn.Linear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
+
+
+def _within(module: nn.Module, path: str, record: Recorder) -> Callable[..., Any]:
+    forward = module.forward
+    linear = isinstance(module, _LINEAR)
+
     @functools.wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
         record.stack.append(path)
+        record.linear.append(linear)
         out = forward(*args, **kwargs)
         # Only where it succeeds: after an error the stack says where it happened.
         record.stack.pop()
+        record.linear.pop()
         record.recording.mark(path or "model")
         return out
 
     return run
+
+
+_ADD, _ADD_IN_PLACE = torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor
+
+
+def _biased(args: tuple[Any, ...]) -> bool:
+    if len(args) < 2 or not all(isinstance(a, Tensor) for a in args[:2]):
+        return False
+    x, bias = args[:2]
+    return x.dim() > 1 and bias.dim() == 1 and x.dtype == bias.dtype and x.shape[-1] == len(bias)
 
 
 class Recorder:
@@ -58,6 +76,7 @@ class Recorder:
     def __init__(self, known: Iterable[Tensor]) -> None:
         self.recording = Recording()
         self.stack: list[str] = []
+        self.linear: list[bool] = []  # for each on the stack: whether all it adds is a bias
         self.phase = "run"
         self.operator = ""
         self.forget_results = False
@@ -119,6 +138,9 @@ class Recorder:
                 kwargs = kwargs or {}
                 if recorder.silent:
                     return known.run(func, args, kwargs, tensors_in((args, kwargs)))
+                if func is _ADD and recorder.linear and recorder.linear[-1] and _biased(args):
+                    # at::linear adds a bias in place, but not to subclasses such as fake tensors.
+                    func = _ADD_IN_PLACE
                 name = str(func)
                 recorder.operator = name
                 try:

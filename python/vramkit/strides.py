@@ -55,7 +55,7 @@ _ELEMENTWISE = frozenset(f"aten::{n}" for n in ("add", "sub", "mul", "div", "sil
 def _compact(x: Tensor) -> tuple[int, ...]:
     """Strides without gaps in the order of `x`'s own, as TensorIterator allocates a result."""
     made, step = [0] * x.dim(), 1
-    for dim in sorted(range(x.dim()), key=lambda d: (x.stride(d), -d)):
+    for dim in sorted(range(x.dim()), key=lambda d: (x.stride(d), x.shape[d], -d)):
         made[dim] = step
         step *= x.shape[dim]
     return tuple(made)

@@ -412,3 +412,46 @@ def test_the_load_phase(name: str | None) -> None:
     assert found.load_peak_bytes == 256 * 512 * 4 + codes
     assert [tag.operator for tag in found.load_trace.tags[:2]] == ["read", "encode"]
     assert found.trace is None
+
+
+@pytest.mark.parametrize(
+    ("shape", "stride"),
+    [
+        ((1, 128, 48, 40), (128, 1, 5120, 128)),
+        ((1, 48, 1, 28, 32), (43008, 896, 43008, 32, 1)),
+        ((1, 1, 3072), (18432, 3072, 1)),
+        ((1, 7, 5), (99, 1, 7)),
+    ],
+)
+def test_strides_of_elementwise_results(shape: tuple[int, ...], stride: tuple[int, ...]) -> None:
+    """The real operator's strides, in dimensions of size one too, where a fake one's differ."""
+
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x / 3
+
+    x = torch.empty_strided(shape, stride).fill_(1.0)
+    seen = []
+    model = Scaled()
+    model.register_forward_hook(lambda _m, _a, out: seen.append(out.stride()))
+    vramkit.estimate(model, None, (x,), probe=False)
+    assert seen[0] == (x / 3).stride()
+
+
+class Speller(nn.Module):
+    """Biases that C++ adds in place to real tensors, and not to fake ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.out = nn.GRU(64, 96, batch_first=True), nn.Linear(96, 500)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.out(self.rnn(x)[0].transpose(0, 1))
+        return made
+
+
+def test_biases_of_strided_inputs_are_added_in_place() -> None:
+    model, x = Speller().eval(), torch.randn(3, 20, 64)
+    real = measured(model, x)
+    found = vramkit.estimate(model, None, x)
+    assert found.activations_bytes == pytest.approx(real, rel=PROBED_PEAK)
