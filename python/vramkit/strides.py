@@ -34,8 +34,9 @@ def corrected(
     if first is None or 1 not in first.shape:
         return out
     alike = isinstance(out, Tensor) and out.shape == first.shape
-    alone = not any(isinstance(a, Tensor) and a.dim() for a in args[1:])
-    if alike and alone and func._schema.name in _ELEMENTWISE and _dense(first):
+    others = [a for a in args[1:] if isinstance(a, Tensor) and a.dim()]
+    plain = others and all(t.is_contiguous() for t in (first, *others))
+    if alike and not plain and func._schema.name in _ELEMENTWISE and _dense(first):
         return _with_strides(out, [_compact(first)])
     if func._schema.name == "aten::native_group_norm" and _channels_last(first):
         _, c, h, w = first.shape
