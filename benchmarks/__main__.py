@@ -19,6 +19,7 @@ SUITES = {
     "conv": "convolutions on the CPU, against torch's in bfloat16",
     "allocator": "the allocator simulator: events replayed per second, by trace and options",
     "plan": "the planner: 1,000 layers x 12 formats x 3 places, against HiGHS, greedy and random",
+    "estimate": "predicted against measured peaks on a frozen zoo, beside the peers",
     "interop": "bitsandbytes' operators on our kernels and on its own; memory of a QLoRA step",
 }
 

@@ -17,7 +17,7 @@ import torch
 import vramkit
 from torch import Tensor, nn
 from vramkit.interop import bitsandbytes as fast
-from vramkit.measure import _profiled_peak
+from vramkit.measure import profiled_peak
 
 ROWS = (1, 8, 64, 512)
 
@@ -183,7 +183,7 @@ def _training_peaks(size: int = 2048, count: int = 6, tokens: int = 128) -> dict
         step(x)
         for parameter in step.parameters():
             parameter.grad = None
-        peaks[label] = _stored(step) + _profiled_peak(step, (x,), {})
+        peaks[label] = _stored(step) + profiled_peak(step, (x,), {})
     fast.disable()
     return peaks
 

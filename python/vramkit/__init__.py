@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .estimator import MemoryEstimate, estimate
     from .inspection import ModelInfo, describe
     from .model_manager import VRAMEfficientModelManager
+    from .phases import PipelineEstimate, estimate_pipeline
     from .planner import fit, plan
     from .plans import Plan
     from .quality import Comparison, Recording, compare, record
@@ -52,6 +53,8 @@ _LAZY = {
     "describe": "inspection",
     "MemoryEstimate": "estimator",
     "estimate": "estimator",
+    "PipelineEstimate": "phases",
+    "estimate_pipeline": "phases",
     "Plan": "plans",
     "fit": "planner",
     "plan": "planner",
@@ -89,6 +92,7 @@ __all__ = [
     "MemoryEstimate",
     "ModelInfo",
     "NonFiniteWeightError",
+    "PipelineEstimate",
     "Plan",
     "PrecisionMode",
     "QuantizedLayer",
@@ -104,6 +108,7 @@ __all__ = [
     "convert_checkpoint",
     "describe",
     "estimate",
+    "estimate_pipeline",
     "fit",
     "format_names",
     "format_size",

@@ -1,27 +1,34 @@
 """What a model will take, before a byte of its weights is read.
 
-The model is run on fake tensors at the user's shapes: every operator computes shapes and allocates
-nothing. A dispatch mode below the model follows the storages that would be alive. Weights come from
-the formats' own byte counts. Method: live-storage tracing, as in torch's memory trackers.
+Weights come from the formats' own byte counts. What a call takes comes from running the model on
+fake tensors (`dry_run`, `tracing`), with what operators hold inside themselves from probes of
+single operators (`probing`) or from rules (`workspaces`).
 """
 
 from __future__ import annotations
 
 import copy
 import os
-import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ._operators import workspace_bytes
+from .breaks import checked_shape
 from .convert import Precision, convert, storage_format
 from .layers import QuantizedLayer
 from .layers.folding import foldings
+from .loading import load_trace, stored_tensors
 from .sizes import format_size
+from .targets import Target, parse_target
+
+if TYPE_CHECKING:
+    from .generation import Generation
+    from .probing import Store
+    from .recorder import Recorder
+    from .tracing import Tag, Trace
 
 # Integer inputs of language models, where only a shape is given.
 _INTEGER_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "labels")
@@ -39,7 +46,15 @@ class MemoryEstimate:
         peak_bytes: weights_bytes + activations_bytes. None without inputs.
         layers: (name, format or dtype, bytes) of every layer with parameters.
         timeline: (module, live bytes of the call) at every module's end.
-        notes: What the figures leave out.
+        notes: What the figures leave out or assume.
+        target: The device that the estimate is for.
+        kept_bytes: What a first call leaves in the model for later ones.
+        shapes: activations_bytes of every named shape, where several were asked for; the other
+            figures are those of the largest.
+        generation: The cache of a generation loop.
+        probes: Operators that were run for this estimate, and the seconds that took.
+        trace: Every allocation and release of the call.
+        load_trace: Every allocation and release of `vramkit.load`, weight by weight.
     """
 
     weights_bytes: int
@@ -49,6 +64,18 @@ class MemoryEstimate:
     layers: list[tuple[str, str, int]] = field(default_factory=list)
     timeline: list[tuple[str, int]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    target: str = "cpu"
+    kept_bytes: int = 0
+    shapes: dict[str, int] = field(default_factory=dict)
+    generation: Generation | None = None
+    probes: tuple[int, float] = (0, 0.0)
+    trace: Trace | None = field(default=None, repr=False)
+    load_trace: Trace | None = field(default=None, repr=False)
+
+    @property
+    def load_peak_bytes(self) -> int | None:
+        """The most alive while `vramkit.load` reads and converts the weights, one after another."""
+        return None if self.load_trace is None else self.load_trace.peak()
 
     @property
     def peak_bytes(self) -> int | None:
@@ -65,12 +92,33 @@ class MemoryEstimate:
             "inputs_bytes": self.inputs_bytes,
             "activations_bytes": self.activations_bytes,
             "peak_bytes": self.peak_bytes,
+            "load_peak_bytes": self.load_peak_bytes,
             "layers": [
                 {"name": name, "format": fmt, "layer_bytes": n} for name, fmt, n in self.layers
             ],
             "timeline": [{"module": name, "live_bytes": n} for name, n in self.timeline],
             "notes": self.notes,
+            "target": self.target,
+            "kept_bytes": self.kept_bytes,
+            "shapes": [{"name": name, "activations_bytes": n} for name, n in self.shapes.items()],
+            "generation": None if self.generation is None else asdict(self.generation),
+            "probes": {"run": self.probes[0], "seconds": self.probes[1]},
+            "at_peak": [
+                {
+                    "operator": tag.operator,
+                    "module": tag.module,
+                    "phase": tag.phase,
+                    "live_bytes": n,
+                }
+                for tag, n in self.at_peak()
+            ],
         }
+
+    def at_peak(self, count: int = 10) -> list[tuple[Tag, int]]:
+        """What holds the most at the call's highest point: (operator, module, phase), bytes."""
+        if self.trace is None:
+            return []
+        return list(self.trace.alive_at_peak().items())[:count]
 
     def __str__(self) -> str:
         lines = [f"weights      {format_size(self.weights_bytes):>12}  ({self.precision})"]
@@ -80,6 +128,7 @@ class MemoryEstimate:
                 f"peak         {format_size(self.peak_bytes):>12}",
                 f"inputs       {format_size(self.inputs_bytes):>12}  (not counted above)",
             ]
+        lines += [f"  shape {name}: {format_size(n)}" for name, n in self.shapes.items()]
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
 
     def _repr_html_(self) -> str:
@@ -102,6 +151,10 @@ def estimate(
     *,
     skip: Iterable[str] = (),
     output_kept: bool = True,
+    target: str | Target = "cpu",
+    probe: bool = True,
+    generate: int = 0,
+    shapes: Mapping[str, Any] | None = None,
 ) -> MemoryEstimate:
     """Predict the memory that `model` will take, without running it or reading its weights.
 
@@ -114,29 +167,59 @@ def estimate(
             else the model's dtype), and (dtype, shape) a shape with its dtype.
         skip: As in `convert`.
         output_kept: Whether the output counts while it is alive (it does, by default).
+        target: "cpu", "cuda" or "cuda:8.9" (compute capability): the device to predict for. It
+            decides which attention runs; CUDA is predicted by rules and needs no device.
+        probe: Whether operators whose inner allocations are not known yet are run once, alone, on
+            zeros (a CPU target only). What they teach is kept in the user's cache folder. Without,
+            rules for convolutions, attention, recurrent layers and mixed dtypes answer.
+        generate: Count of new tokens: predict a greedy generation loop after the prompt `inputs`,
+            its cache included, for a model of transformers.
+        shapes: Several inputs by name, in place of `inputs`; the largest counts.
 
     The model, if one is given, is left as it is. Raises ValueError where the model's control flow
-    depends on values, which fake tensors do not have.
+    depends on values that fake tensors do not have, where a custom operator has no fake
+    implementation, and for shapes beyond 2**63 bytes.
 
     >>> vramkit.estimate(torch.nn.Linear(64, 32), inputs=(1, 64)).weights_bytes
     8320
     """
+    aim = parse_target(target)
+    if shapes is not None and (inputs is not None or not shapes):
+        raise ValueError("give either inputs, or shapes with at least one name")
     if isinstance(model, nn.Module):
         skeleton = meta_copy(model)
     else:
         from .skeleton import build_skeleton
 
         skeleton = build_skeleton(model)
+    stored = stored_tensors(skeleton)
     label = "as it is"
     if precision is not None:
         label = "mixed" if isinstance(precision, Mapping) else _label(precision)
         if label != "fp32":
             convert(skeleton, precision, skip=skip)
-    found = MemoryEstimate(weights_bytes=weight_bytes(skeleton), precision=label)
+    found = MemoryEstimate(weight_bytes(skeleton), precision=label, target=aim.name)
     found.layers = list(_layer_bytes(skeleton))
-    if inputs is None:
+    found.load_trace = load_trace(stored, skeleton)
+    if inputs is None and shapes is None:
         return found
-    return trace(skeleton, inputs, found)
+    from .probing import Store
+
+    store = Store() if probe and aim.kind == "cpu" else None
+    largest: MemoryEstimate | None = None
+    cases = {"": inputs} if shapes is None else dict(shapes)
+    for name, given in cases.items():
+        made = replace(found, notes=[], shapes={})
+        copied = meta_copy(skeleton) if len(cases) > 1 else skeleton
+        _trace(copied, given, made, aim, store, probe, output_kept, generate)
+        assert made.activations_bytes is not None
+        if name:
+            found.shapes[name] = made.activations_bytes
+        if largest is None or made.activations_bytes > (largest.activations_bytes or 0):
+            largest = made
+    assert largest is not None
+    largest.shapes = found.shapes
+    return largest
 
 
 def _label(precision: Precision) -> str:
@@ -183,61 +266,41 @@ def _layer_bytes(model: nn.Module) -> Iterable[tuple[str, str, int]]:
         yield name, fmt, sum(p.numel() * p.element_size() for p in fresh.values())
 
 
-def trace(skeleton: nn.Module, inputs: Any, found: MemoryEstimate) -> MemoryEstimate:
+def _trace(
+    skeleton: nn.Module,
+    inputs: Any,
+    found: MemoryEstimate,
+    target: Target,
+    store: Store | None,
+    probe: bool,
+    output_kept: bool,
+    generate: int,
+) -> None:
     """Run `skeleton` (parameters on the meta device) on fake tensors; fills in `found`."""
-    from torch._subclasses.fake_tensor import (
-        DataDependentOutputException,
-        DynamicOutputShapeException,
-        FakeTensorMode,
-    )
-    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+    from .dry_run import DryRun
+    from .generation import Loop
 
-    dtype = model_dtype(skeleton)
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    _fake_parameters(skeleton, fake)
-    args, kwargs = call_arguments(inputs, dtype)
-    tree_map = torch.utils._pytree.tree_map
-    args, kwargs = tree_map(lambda v: _fake_input(v, fake), (args, kwargs))
-    given = [v for v in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
-    found.inputs_bytes = sum(v.numel() * v.element_size() for v in given)
-    ledger = _tracker(skeleton, given)
-    handles = [
-        module.register_forward_hook(
-            lambda _m, _a, _o, name=name: ledger.timeline.append((name or "model", ledger.live))
-        )
-        for name, module in skeleton.named_modules()
-    ]
-    try:
-        with fake, torch.no_grad(), ledger:
-            out = skeleton(*args, **kwargs)
-            del out
-    except (
-        DataDependentOutputException,
-        DynamicOutputShapeException,
-        GuardOnDataDependentSymNode,
-    ) as error:
-        raise _needs_values(ledger.timeline, error) from error
-    except RuntimeError as error:
-        # What .numpy() says on a fake tensor; there is no type of its own for it.
-        if "not supported for tensor subclasses" not in str(error):
-            raise
-        raise _needs_values(ledger.timeline, error) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-    found.activations_bytes = ledger.peak
-    found.timeline = ledger.timeline
-    found.notes.append("what torch's own operators allocate inside themselves is not counted")
-    return found
+    dry = DryRun({"": skeleton}, target)
+    args, kwargs = dry.accept(call_arguments(inputs, model_dtype(skeleton)))
+    found.inputs_bytes = sum(v.numel() * v.element_size() for v in dry.given)
+    loop: Loop | None = None
+    if generate:
+        if args:
+            raise ValueError("a generation loop needs its inputs by name: {'input_ids': …}")
+        loop = Loop(skeleton, kwargs, generate)
 
+    def play(recorder: Recorder) -> Any:
+        recorder.forget_results = not output_kept
+        return loop(recorder) if loop is not None else skeleton(*args, **kwargs)
 
-def _needs_values(timeline: list[tuple[str, int]], error: Exception) -> ValueError:
-    where = timeline[-1][0] if timeline else "its first module"
-    return ValueError(
-        "this model decides by the values of its tensors (after "
-        f"{where}: {str(error).splitlines()[0]}), so that it cannot be traced by shapes alone. "
-        "Measure one real call instead: vramkit.measure.call(model, inputs)"
-    )
+    learned = dry.learned(play, probe=probe, store=store)
+    found.activations_bytes = learned.peak_bytes
+    found.timeline = learned.trace.timeline()
+    found.trace = learned.trace
+    found.kept_bytes = learned.kept_bytes
+    found.probes = (learned.probes.ran, learned.probes.seconds)
+    found.generation = loop.found if loop is not None else None
+    found.notes += learned.explain(probe)
 
 
 def model_dtype(model: nn.Module) -> torch.dtype:
@@ -251,41 +314,6 @@ def model_dtype(model: nn.Module) -> torch.dtype:
     return torch.get_default_dtype()
 
 
-def _fake_parameters(skeleton: nn.Module, fake: Any) -> None:
-    """Parameters become fake. Buffers become copies: a forward may read or change values."""
-    from torch.utils._python_dispatch import _disable_current_modes
-
-    made: dict[int, nn.Parameter] = {}
-    copies: dict[int, Tensor] = {}
-    with fake:
-        for module in skeleton.modules():
-            for name, parameter in module._parameters.items():
-                if parameter is None:
-                    continue
-                if id(parameter) not in made:
-                    shape = torch.empty_strided(
-                        parameter.shape, parameter.stride(), dtype=parameter.dtype, device="cpu"
-                    )
-                    made[id(parameter)] = nn.Parameter(shape, requires_grad=False)
-                module._parameters[name] = made[id(parameter)]
-            for name, buffer in module._buffers.items():
-                if buffer is None:
-                    continue
-                if id(buffer) not in copies and buffer.device.type == "meta":
-                    copies[id(buffer)] = torch.empty_like(buffer, device="cpu")
-                elif id(buffer) not in copies:
-                    with _disable_current_modes():
-                        copies[id(buffer)] = buffer.detach().clone()
-                module._buffers[name] = copies[id(buffer)]
-
-
-def _fake_input(value: Any, fake: Any) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    with fake:
-        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cpu")
-
-
 def _is_shape(value: Any) -> bool:
     return isinstance(value, (tuple, list)) and all(type(v) is int for v in value) and bool(value)
 
@@ -293,12 +321,10 @@ def _is_shape(value: Any) -> bool:
 def _from_shape(value: Any, name: str, dtype: torch.dtype) -> Any:
     if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], (str, torch.dtype)):
         chosen = getattr(torch, value[0]) if isinstance(value[0], str) else value[0]
-        return torch.empty(tuple(value[1]), dtype=chosen, device="meta")
+        return torch.empty(checked_shape(value[1], chosen, name), dtype=chosen, device="meta")
     if _is_shape(value):
-        if any(v < 0 for v in value):
-            raise ValueError(f"the shape {tuple(value)} of input {name!r} has a negative size")
         kind = torch.int64 if name in _INTEGER_INPUTS else dtype
-        return torch.empty(tuple(value), dtype=kind, device="meta")
+        return torch.empty(checked_shape(value, kind, name), dtype=kind, device="meta")
     return value
 
 
@@ -314,44 +340,3 @@ def call_arguments(inputs: Any, dtype: torch.dtype) -> tuple[tuple[Any, ...], di
         "inputs are a tensor, a tuple of positional ones, or a dict of keyword ones; "
         f"got {type(inputs).__name__}"
     )
-
-
-def _tracker(skeleton: nn.Module, given: list[Tensor]) -> Any:
-    """A dispatch mode that follows live storages; parameters, buffers and inputs do not count."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Tracker(TorchDispatchMode):
-        def __init__(self) -> None:
-            super().__init__()
-            self.live = self.peak = 0
-            self.timeline: list[tuple[str, int]] = []
-            self.sizes: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
-            for tensor in (*skeleton.parameters(), *skeleton.buffers(), *given):
-                self.sizes[tensor.untyped_storage()] = -1
-
-        def follow(self, tensor: Tensor) -> None:
-            storage = tensor.untyped_storage()
-            if storage in self.sizes:
-                return
-            size = storage.nbytes()
-            self.sizes[storage] = size
-            self.live += size
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self.release, size)
-
-        def release(self, size: int) -> None:
-            self.live -= size
-
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-        ) -> Any:
-            out = func(*args, **(kwargs or {}))
-            for leaf in torch.utils._pytree.tree_leaves(out):
-                if isinstance(leaf, Tensor):
-                    self.follow(leaf)
-            if func.namespace == "vramkit":
-                name = func._schema.name.removeprefix("vramkit::")
-                self.peak = max(self.peak, self.live + workspace_bytes(name, args))
-            return out
-
-    return Tracker()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
@@ -52,7 +52,7 @@ def call(model: nn.Module, inputs: Any, *, repeats: int = 3) -> Measurement:
             model(*args, **kwargs)
             peak = torch.cuda.max_memory_allocated(device) - before
         else:
-            peak = _profiled_peak(model, args, kwargs)
+            peak = profiled_peak(model, args, kwargs)
     return Measurement(weight_bytes(model), peak, median(seconds))
 
 
@@ -62,7 +62,7 @@ def _finish(model: nn.Module) -> None:
 
 
 @contextmanager
-def _quiet_profiler() -> Iterator[None]:
+def quiet_profiler() -> Iterator[None]:
     """Keeps the profiler from printing its start, its stop, and that it found no GPU."""
     name = "KINETO_LOG_LEVEL"
     before = os.environ.get(name)
@@ -75,11 +75,12 @@ def _quiet_profiler() -> Iterator[None]:
             del os.environ[name]
 
 
-def _profiled_peak(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+def profiled_peak(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """The highest sum of the profiler's allocation events during one call on the CPU, in bytes."""
     from torch.profiler import ProfilerActivity, profile
 
     with (
-        _quiet_profiler(),
+        quiet_profiler(),
         profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
     ):
         out = model(*args, **kwargs)

@@ -1,0 +1,199 @@
+"""Runs modules on fake tensors, with nothing allocated, and records what a real run would do.
+
+`learned` goes over a run as often as it takes: once to see the calls, again where probes showed
+other strides, or where the first call left something in the model that later ones find there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .known import LARGEST
+from .probing import Probes, Store
+from .recorder import Recorder, module_paths
+from .targets import Target
+from .tracing import Call, Inside, Recording, Trace
+from .workspaces import inside_of
+
+Play = Callable[[Recorder], Any]
+ROUNDS = 4  # passes over a run; strides settle in two
+# A first call that leaves less than this part of the peak is not repeated: what it leaves is taken
+# out of its trace, and what it needed to make that stays in.
+NEGLIGIBLE = 16
+
+
+@dataclass
+class Findings:
+    """A traced run, and where its figures come from.
+
+    Attributes:
+        trace: All allocations and releases.
+        peak_bytes: The most alive at once.
+        kept_bytes: What a first call leaves in the model, such as tables it computes once; not in
+            the trace.
+        results: Blocks of what the run returned.
+        ruled: Operators for which a rule answered, and how many distinct calls.
+        notes: What the figures leave out or assume.
+    """
+
+    trace: Trace
+    kept_bytes: int = 0
+    probes: Probes = field(default_factory=Probes)
+    ruled: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes alive at once."""
+        return self.trace.peak()
+
+    def explain(self, probe: bool) -> list[str]:
+        """Sentences on where the figures come from."""
+        lines = list(self.notes)
+        if not probe:
+            lines.append(
+                "no operator was probed: what operators allocate inside is by rule for attention, "
+                "convolutions, recurrent layers and mixed dtypes, and not counted for others"
+            )
+        elif self.ruled:
+            names = ", ".join(sorted(self.ruled))
+            lines.append(f"not probed, because too large or not repeatable, but by rule: {names}")
+        if self.kept_bytes:
+            lines.append(
+                f"the first call leaves {self.kept_bytes} bytes in the model for later ones"
+            )
+        lines += [
+            f"probe of {call.operator} failed: {why}" for call, why in self.probes.failed.items()
+        ]
+        return lines + self.probes.notes
+
+
+class DryRun:
+    """Skeletons with fake parameters, and a fake mode to call them in."""
+
+    def __init__(self, models: Mapping[str, nn.Module], target: Target) -> None:
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        self.models = dict(models)
+        self.target = target
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        for model in self.models.values():
+            fake_parameters(model, self.fake)
+        self.given: list[Tensor] = []
+
+    def accept(self, inputs: Any) -> Any:
+        """Inputs as the run gets them: fake, except small integers whose values are known."""
+
+        def take(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            made = self._fake_or_known(value)
+            self.given.append(made)
+            return made
+
+        return torch.utils._pytree.tree_map(take, inputs)
+
+    def _fake_or_known(self, value: Tensor) -> Tensor:
+        known = value.device.type == "cpu" and not value.is_floating_point()
+        if known and not value.is_complex() and value.numel() <= LARGEST:
+            return value.detach().clone()
+        with self.fake:
+            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cpu")
+
+    def record(self, play: Play, strides: Mapping[Call, Sequence[tuple[int, ...]]]) -> Recorder:
+        """One pass; raises what `explained` makes of the model's errors."""
+        from .breaks import explained
+
+        recorder = Recorder(self._tensors())
+        recorder.reshape = strides
+        with explained(recorder):
+            self._play(play, recorder)
+        return recorder
+
+    def _play(self, play: Play, recorder: Recorder) -> None:
+        with (
+            module_paths(self.models, recorder),
+            self.fake,
+            torch.no_grad(),
+            self.target.attention(recorder),
+            recorder.mode(),
+        ):
+            out = play(recorder)
+            if recorder.forget_results:
+                for leaf in torch.utils._pytree.tree_leaves(out):
+                    if isinstance(leaf, Tensor):
+                        recorder.results.add(recorder.blocks.get(leaf.untyped_storage(), 0))
+            del out
+
+    def _tensors(self) -> Iterable[Tensor]:
+        for model in self.models.values():
+            yield from model.parameters()
+            yield from model.buffers()
+        yield from self.given
+
+    def learned(self, play: Play, *, probe: bool, store: Store | None = None) -> Findings:
+        """The run with what its operators hold inside, by probes or, without them, by rules."""
+        probes = Probes()
+        probe = probe and self.target.kind == "cpu"
+        recorder = self.record(play, {})
+        kept = sum(recorder.alive().values())
+        again = kept * NEGLIGIBLE > recorder.recording.bare_peak()
+        for _ in range(ROUNDS):
+            if probe:
+                probes.learn(recorder.recording, store)
+                again = again or recorder.recording.differs(probes.strides())
+            if not again:
+                break
+            recorder = self.record(play, probes.strides())
+            again = False
+        return self._found(recorder.recording, recorder, probes, probe, kept)
+
+    def _found(
+        self, recording: Recording, recorder: Recorder, probes: Probes, probe: bool, kept: int
+    ) -> Findings:
+        inside: dict[Call, Inside] = {c: learned.sizes for c, learned in probes.found.items()}
+        ruled: dict[str, int] = {}
+        for call in recording.distinct():
+            if call in inside:
+                continue
+            sizes = inside_of(call, recording.results[call], self.target)
+            if sizes is not None:
+                inside[call] = sizes
+            if probe or sizes is not None:
+                name = call.operator._schema.name
+                ruled[name] = ruled.get(name, 0) + 1
+        trace = recording.assemble(inside, recorder.results | recorder.alive().keys())
+        return Findings(trace, kept, probes, ruled, list(self.target.notes()))
+
+
+def fake_parameters(skeleton: nn.Module, fake: Any) -> None:
+    """Parameters become fake. Buffers become copies: a forward may read or change values."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    made: dict[int, nn.Parameter] = {}
+    copies: dict[int, Tensor] = {}
+    with fake:
+        for module in skeleton.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is None:
+                    continue
+                if id(parameter) not in made:
+                    shape = torch.empty_strided(
+                        parameter.shape, parameter.stride(), dtype=parameter.dtype, device="cpu"
+                    )
+                    made[id(parameter)] = nn.Parameter(shape, requires_grad=False)
+                module._parameters[name] = made[id(parameter)]
+            for name, buffer in module._buffers.items():
+                if buffer is None:
+                    continue
+                if id(buffer) not in copies and buffer.device.type == "meta":
+                    copies[id(buffer)] = torch.empty_like(buffer, device="cpu")
+                elif id(buffer) not in copies:
+                    with _disable_current_modes():
+                        copies[id(buffer)] = buffer.detach().clone()
+                module._buffers[name] = copies[id(buffer)]
