@@ -256,6 +256,9 @@ def _flat(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
 @main.command()
 @click.argument("model")
 @click.option("--precision", default="all", show_default=True, help='One, several ("a,b"), or all.')
+@click.option("--target", default="cpu", show_default=True, help='"cpu", "cuda" or "cuda:8.9".')
+@click.option("--generate", type=int, default=0, help="New tokens after the inputs.")
+@click.option("--probe/--no-probe", default=True, help="Run unknown operators once, or use rules.")
 @_inputs_option
 @_factory_option
 @_skip_option
@@ -263,6 +266,9 @@ def _flat(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
 def estimate(
     model: str,
     precision: str,
+    target: str,
+    generate: int,
+    probe: bool,
     inputs: tuple[str, ...],
     factory: str | None,
     skip: tuple[str, ...],
@@ -280,13 +286,17 @@ def estimate(
             else build_skeleton(source, build)
         )
         table = Table()
-        for column in ("precision", "weights", "activations", "peak"):
+        cuda = target.startswith("cuda")
+        for column in ("precision", "weights", "activations", "peak", *["reserved"] * cuda):
             table.add_column(column, justify="left" if column == "precision" else "right")
         rows = []
+        given = parse_inputs(inputs)
+        options: dict[str, Any] = {"target": target, "generate": generate, "probe": probe}
         for name in _precisions(precision):
-            found = predict(skeleton, name, parse_inputs(inputs), skip=skip)
+            found = predict(skeleton, name, given, skip=skip, **options)
             rows.append(found.to_dict())
-            sizes = (found.weights_bytes, found.activations_bytes, found.peak_bytes)
+            sizes = [found.weights_bytes, found.activations_bytes, found.peak_bytes]
+            sizes += [found.reserved_bytes] * cuda
             table.add_row(name, *("-" if n is None else format_size(n) for n in sizes))
         output.console.print(table)
         if not inputs:

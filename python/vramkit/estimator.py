@@ -25,6 +25,7 @@ from .sizes import format_size
 from .targets import Target, parse_target
 
 if TYPE_CHECKING:
+    from .allocator import Simulation
     from .generation import Generation
     from .probing import Store
     from .recorder import Recorder
@@ -55,6 +56,7 @@ class MemoryEstimate:
         probes: Operators that were run for this estimate, and the seconds that took.
         trace: Every allocation and release of the call.
         load_trace: Every allocation and release of `vramkit.load`, weight by weight.
+        tensor_bytes: Bytes of every parameter and buffer.
     """
 
     weights_bytes: int
@@ -71,6 +73,7 @@ class MemoryEstimate:
     probes: tuple[int, float] = (0, 0.0)
     trace: Trace | None = field(default=None, repr=False)
     load_trace: Trace | None = field(default=None, repr=False)
+    tensor_bytes: list[int] = field(default_factory=list, repr=False)
 
     @property
     def load_peak_bytes(self) -> int | None:
@@ -84,6 +87,35 @@ class MemoryEstimate:
             return None
         return self.weights_bytes + self.activations_bytes
 
+    def allocation(self, **options: Any) -> Simulation:
+        """What torch's allocator for the target makes of the weights, the inputs and the call.
+
+        `options` are those of `vramkit.allocator.simulate`: limit, device_memory, conf and torch's
+        own. Tags index `trace.tags`; the next two are the weights' and the inputs'. Raises
+        ValueError where the estimate was made without inputs.
+        """
+        from .allocator import simulate
+
+        if self.trace is None:
+            raise ValueError("this estimate has no call to follow; give estimate(inputs=…)")
+        weights = len(self.trace.tags)
+        held = [(size, weights) for size in self.tensor_bytes]
+        if self.inputs_bytes:
+            held.append((self.inputs_bytes, weights + 1))
+        rows = [(-1 - i, size, 0, tag) for i, (size, tag) in enumerate(held)]
+        return simulate([*rows, *self.trace], self.target, **options)
+
+    @property
+    def reserved_bytes(self) -> int | None:
+        """The most that torch reserves on a CUDA target, rounding and gaps included; else None.
+
+        The CUDA context and libraries come on top. By `allocation`, which was not yet held against
+        a GPU (docs/gpu-status.md).
+        """
+        if self.trace is None or not self.target.startswith("cuda"):
+            return None
+        return self.allocation().peak_reserved_bytes
+
     def to_dict(self) -> dict[str, Any]:
         """The estimate as plain data; keys named `*_bytes` are bytes."""
         return {
@@ -92,6 +124,7 @@ class MemoryEstimate:
             "inputs_bytes": self.inputs_bytes,
             "activations_bytes": self.activations_bytes,
             "peak_bytes": self.peak_bytes,
+            "reserved_bytes": self.reserved_bytes,
             "load_peak_bytes": self.load_peak_bytes,
             "layers": [
                 {"name": name, "format": fmt, "layer_bytes": n} for name, fmt, n in self.layers
@@ -128,6 +161,9 @@ class MemoryEstimate:
                 f"peak         {format_size(self.peak_bytes):>12}",
                 f"inputs       {format_size(self.inputs_bytes):>12}  (not counted above)",
             ]
+        reserved = self.reserved_bytes
+        if reserved is not None:
+            lines.append(f"reserved     {format_size(reserved):>12}  (by torch's allocator)")
         lines += [f"  shape {name}: {format_size(n)}" for name, n in self.shapes.items()]
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
 
@@ -200,6 +236,7 @@ def estimate(
             convert(skeleton, precision, skip=skip)
     found = MemoryEstimate(weight_bytes(skeleton), precision=label, target=aim.name)
     found.layers = list(_layer_bytes(skeleton))
+    found.tensor_bytes = [t.numel() * t.element_size() for t in _unique_tensors(skeleton)]
     found.load_trace = load_trace(stored, skeleton)
     if inputs is None and shapes is None:
         return found
@@ -246,8 +283,12 @@ def meta_copy(model: nn.Module) -> nn.Module:
 
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of parameters and buffers; shared ones count once, views of one storage by size."""
-    unique = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return sum(t.numel() * t.element_size() for t in unique.values())
+    return sum(t.numel() * t.element_size() for t in _unique_tensors(model))
+
+
+def _unique_tensors(model: nn.Module) -> list[Tensor]:
+    unique: dict[int, Tensor] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return list(unique.values())
 
 
 def _layer_bytes(model: nn.Module) -> Iterable[tuple[str, str, int]]:

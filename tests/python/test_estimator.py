@@ -310,3 +310,21 @@ print(found.weights_bytes, found.peak_bytes, reads() - before, (status("VmHWM") 
     assert peak > weights
     assert read < 10 * 10**6  # configuration, headers, modules that are imported late
     assert memory < 300 * 10**6
+
+
+def test_the_allocator_sees_weights_inputs_and_the_call() -> None:
+    model = nn.Sequential(nn.Linear(1000, 3000), nn.ReLU(), nn.Linear(3000, 500))
+    found = vramkit.estimate(model, inputs=(64, 1000))
+    assert found.peak_bytes is not None
+    assert found.reserved_bytes is None
+    plain = found.allocation()
+    assert plain.peak_allocated_bytes == found.peak_bytes + found.inputs_bytes
+    cuda = vramkit.estimate(model, inputs=(64, 1000), target="cuda:8.9")
+    # Weights of 12.0 and 6.0 MB take 12 MiB and a segment of 20 MiB; two activations of 768 kB, the
+    # inputs and the biases, 1.8 MB in all, one of 2 MiB.
+    assert cuda.reserved_bytes == (12 + 20 + 2) << 20
+    assert cuda.to_dict()["reserved_bytes"] == cuda.reserved_bytes
+    short = cuda.allocation(limit="33 MiB")
+    assert short.out_of_memory is not None
+    with pytest.raises(ValueError, match="inputs"):
+        vramkit.estimate(model).allocation()
