@@ -50,19 +50,11 @@ __m512i lookup_signed(const __m512i* part, __m256i codes) {
                                    _mm512_set1_epi16(INT16_MIN), kXorAnd);
 }
 
-// Row r of eight-bit codes of a signed codebook with one scale.
-void decode_signed(const Weight& weight, float scale, std::int64_t r, std::uint16_t* out) {
-  __m512i part[4];
-  for (int i = 0; i < 4; ++i) {
-    const I low = bf16_bits(_mm512_loadu_ps(weight.table + 32 * i) * scale);
-    const I high = bf16_bits(_mm512_loadu_ps(weight.table + 32 * i + 16) * scale);
-    part[i] = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16((__m512i)low)),
-                                 _mm512_cvtepi32_epi16((__m512i)high), 1);
-  }
+// Row r of eight-bit codes, by a function from 32 codes to their bfloat16 values.
+template <class Decode>
+[[gnu::always_inline]] inline void decode_row(const Weight& weight, std::int64_t r,
+                                              std::uint16_t* out, const Decode& decode) {
   const std::uint8_t* codes = weight.codes + r * weight.at.row_code_bytes;
-  auto decode = [&](__m256i bytes) __attribute__((always_inline)) {
-    return lookup_signed(part, bytes);
-  };
   std::int64_t k = 0;
   for (; k + 32 <= weight.at.cols; k += 32) {
     _mm512_storeu_si512(out + k, decode(load_bytes32(codes + k)));
@@ -72,28 +64,36 @@ void decode_signed(const Weight& weight, float scale, std::int64_t r, std::uint1
   _mm512_mask_storeu_epi16(out + k, keep, decode(_mm256_maskz_loadu_epi8(keep, codes + k)));
 }
 
+// Row r of eight-bit codes of a signed codebook with one scale.
+void decode_signed(const Weight& weight, float scale, std::int64_t r, std::uint16_t* out) {
+  __m512i part[4];
+  for (int i = 0; i < 4; ++i) {
+    const I low = bf16_bits(_mm512_loadu_ps(weight.table + 32 * i) * scale);
+    const I high = bf16_bits(_mm512_loadu_ps(weight.table + 32 * i + 16) * scale);
+    part[i] = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16((__m512i)low)),
+                                 _mm512_cvtepi32_epi16((__m512i)high), 1);
+  }
+  decode_row(
+      weight, r, out, [&](__m256i bytes) __attribute__((always_inline)) {
+        return lookup_signed(part, bytes);
+      });
+}
+
 // Whether products of eight-bit integers and this scale are zero, normal or infinite: the
 // processor's own rounding to bfloat16 takes denormal numbers for zero.
 bool rounds_natively(float scale) { return std::isnormal(scale); }
 
 // Row r of eight-bit integers with one scale.
 void decode_integers(const Weight& weight, float scale, std::int64_t r, std::uint16_t* out) {
-  const std::uint8_t* codes = weight.codes + r * weight.at.row_code_bytes;
   const F by = _mm512_set1_ps(scale);
   auto half = [&](__m128i bytes) __attribute__((always_inline)) {
     return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)), by);
   };
-  auto decode = [&](__m256i bytes) __attribute__((always_inline)) {
-    return (__m512i)_mm512_cvtne2ps_pbh(half(_mm256_extracti128_si256(bytes, 1)),
-                                        half(_mm256_castsi256_si128(bytes)));
-  };
-  std::int64_t k = 0;
-  for (; k + 32 <= weight.at.cols; k += 32) {
-    _mm512_storeu_si512(out + k, decode(load_bytes32(codes + k)));
-  }
-  if (k == weight.at.cols) return;
-  const __mmask32 keep = (1u << (weight.at.cols - k)) - 1u;
-  _mm512_mask_storeu_epi16(out + k, keep, decode(_mm256_maskz_loadu_epi8(keep, codes + k)));
+  decode_row(
+      weight, r, out, [&](__m256i bytes) __attribute__((always_inline)) {
+        return (__m512i)_mm512_cvtne2ps_pbh(half(_mm256_extracti128_si256(bytes, 1)),
+                                            half(_mm256_castsi256_si128(bytes)));
+      });
 }
 
 // Kernels::dequantize of the AVX-512 unit.

@@ -22,11 +22,6 @@ std::int64_t rows_per_task(std::int64_t cols, std::int64_t elements = kDecodedPe
   return std::max<std::int64_t>(1, elements / std::max<std::int64_t>(1, cols));
 }
 
-void check_matrix(const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(tensor.dim() == 2 && (tensor.size(1) <= 1 || tensor.stride(1) == 1),
-                  "vramkit: ", name, " must be 2-D with consecutive elements in a row");
-}
-
 char* row_pointer(void* base, cpu::DType type, std::int64_t element) {
   return static_cast<char*>(base) + element * cpu::size_of(type);
 }

@@ -15,11 +15,6 @@ namespace ts = torch::stable;
 
 constexpr std::int64_t kRowsTogether = 16;  // what tiles of products like to begin at
 
-void check_matrix(const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(tensor.dim() == 2 && (tensor.size(1) <= 1 || tensor.stride(1) == 1),
-                  "vramkit: ", name, " must be 2-D with consecutive elements in a row");
-}
-
 // A matrix over memory that outlives it. Threads of a parallel region know nothing of inference
 // mode, in which the caller's own tensors may have been made.
 Tensor matrix_at(void* data, std::array<std::int64_t, 2> size, std::array<std::int64_t, 2> stride,

@@ -35,6 +35,11 @@ cpu::DType dtype_of(const Tensor& tensor) {
   }
 }
 
+void check_matrix(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.dim() == 2 && (tensor.size(1) <= 1 || tensor.stride(1) == 1),
+                  "vramkit: ", name, " must be 2-D with consecutive elements in a row");
+}
+
 const float* float_data(const std::optional<Tensor>& tensor) {
   if (!tensor.has_value()) return nullptr;
   STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Float && tensor->is_contiguous(),

@@ -21,6 +21,8 @@ Format format_of(const std::vector<std::int64_t>& spec, const std::optional<Tens
 
 cpu::DType dtype_of(const Tensor& tensor);
 
+void check_matrix(const Tensor& tensor, const char* name);
+
 const float* float_data(const std::optional<Tensor>& tensor);
 
 // One stored weight of [rows, cols]. Flat blocks that cross rows are seen as a matrix of blocks

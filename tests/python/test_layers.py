@@ -727,3 +727,21 @@ def test_lazy_weight_is_transient() -> None:
     assert layer.weight is not layer.weight
     assert isinstance(layer.weight, LazyWeight)
     assert "weight" not in dict(layer.named_parameters())
+
+
+def test_parameters_that_live_elsewhere() -> None:
+    """A parametrized bias leaves the module's own parameters; the direct way must not need it."""
+
+    class Doubled(nn.Module):
+        def forward(self, bias: Tensor) -> Tensor:
+            return 2 * bias
+
+    layer = nn.Sequential(nn.Linear(64, 32))
+    vramkit.convert(layer, "int8")
+    x = torch.randn(3, 64)
+    with torch.inference_mode():
+        before = layer(x)
+        bias = layer[0].bias.clone()
+    torch.nn.utils.parametrize.register_parametrization(layer[0], "bias", Doubled())
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(x), before + bias)

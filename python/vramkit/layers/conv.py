@@ -9,28 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .. import _convolution
-from .._operators import _product_dtype
-from .base import QuantizedLayer, autocast_dtype, check_float, in_transform, register_kind
+from .._operators import _product_dtype, unobserved
+from .base import QuantizedLayer, autocast_dtype, check_float, register_kind
 
 # Looking these up takes a while too.
 _CONV, _CONV_WHOLE = torch.ops.vramkit.conv.default, torch.ops.vramkit._conv_whole.default
-
-
-def _nobody_watches(x: Tensor, codes: Tensor) -> bool:
-    """Whether the native half of the operator may be called in its place.
-
-    Its Python half costs more than a small convolution. Autograd, compilers, transforms and modes
-    have to see the operator itself, and other devices have other implementations.
-    """
-    return (
-        not torch.is_grad_enabled()
-        and type(x) is Tensor
-        and x.is_cpu
-        and codes.is_cpu
-        and not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not in_transform()
-    )
 
 
 class QuantizedConv(QuantizedLayer):
@@ -111,7 +94,8 @@ class QuantizedConv(QuantizedLayer):
                 x, weight, bias, stride, padding, dilation, transposed, output_padding, self.groups
             )
         convolve = _CONV
-        if _nobody_watches(x, codes) and _convolution.is_whole(x, fmt.spec, shape):
+        # The operator's Python half costs more than a small convolution.
+        if unobserved(x, bias) and codes.is_cpu and _convolution.is_whole(x, fmt.spec, shape):
             convolve = _CONV_WHOLE
             bias = bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
         out: Tensor = convolve(

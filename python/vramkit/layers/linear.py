@@ -37,9 +37,13 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
         """The layer's output, [..., out_features]."""
         fmt = self._stored["weight"].fmt
         # Past what module look-ups take: small layers need a few microseconds.
+        # Whoever shards, offloads or parametrizes may keep parameters elsewhere, or as other types.
         own: dict[str, Any] = self._parameters
         if (
-            unobserved(x, own["bias"])
+            type(own.get("codes")) is nn.Parameter
+            and own["codes"].is_cpu
+            and "bias" in own
+            and unobserved(x, own["bias"])
             and x.shape[-1:] == (self.in_features,)
             and x.dtype in FLOATS
             and not torch.is_autocast_enabled("cpu")
