@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .calibration import Calibration
     from .checkpoint import convert_checkpoint, load, save
     from .estimator import MemoryEstimate, estimate
+    from .first_run import FirstRun, MemoryEstimateWarning
     from .inspection import ModelInfo, describe
     from .model_manager import VRAMEfficientModelManager
     from .phases import PipelineEstimate, estimate_pipeline
@@ -53,6 +54,8 @@ _LAZY = {
     "describe": "inspection",
     "MemoryEstimate": "estimator",
     "estimate": "estimator",
+    "FirstRun": "first_run",
+    "MemoryEstimateWarning": "first_run",
     "PipelineEstimate": "phases",
     "estimate_pipeline": "phases",
     "Plan": "plans",
@@ -88,8 +91,10 @@ __all__ = [
     "CheckpointError",
     "Comparison",
     "ConversionReport",
+    "FirstRun",
     "HostPool",
     "MemoryEstimate",
+    "MemoryEstimateWarning",
     "ModelInfo",
     "NonFiniteWeightError",
     "PipelineEstimate",

@@ -506,6 +506,7 @@ def _convert_to(
 @_inputs_option
 @_factory_option
 @_skip_option
+@click.option("--verify/--no-verify", default=True, help="With --inputs: run the result once.")
 @_json_option
 def fit(
     model: str,
@@ -515,9 +516,13 @@ def fit(
     inputs: tuple[str, ...],
     factory: str | None,
     skip: tuple[str, ...],
+    verify: bool,
     json_path: str | None,
 ) -> None:
-    """Plan MODEL within a limit and write the converted model to the folder TARGET."""
+    """Plan MODEL within a limit and write the converted model to the folder TARGET.
+
+    With --inputs the result is run once, on zeros, and what that took is shown beside the estimate.
+    """
     with _reported(json_path) as output:
         source, build = _module_or_path(model, factory)
         made = _make_plan(
@@ -527,7 +532,29 @@ def fit(
         chosen = {e.name: e.format for e in made.entries}
         data = _convert_to(model, target, chosen, factory, (), output)
         made.save(Path(target) / "plan.json")
-        output.finish({**data, "plan": made.to_dict()})
+        data["plan"] = made.to_dict()
+        if verify and inputs:
+            from .checkpoint import load
+
+            written = load(target, factory=entry_point(model) if _is_entry_point(model) else build)
+            data["first_run"] = _verified(output.console, written, made, parse_inputs(inputs))
+        output.finish(data)
+
+
+def _verified(console: Console, model: Any, made: Any, inputs: Any) -> dict[str, Any]:
+    """One call on zeros (masks are ones), measured beside the plan's estimate."""
+    import torch
+
+    from .estimator import call_arguments, model_dtype
+    from .first_run import watch_first_run
+
+    args, kwargs = call_arguments(inputs, model_dtype(model))
+    found = watch_first_run(model, made, inputs)
+    with torch.inference_mode():
+        named = {k: torch.full_like(v, "mask" in k, device="cpu") for k, v in kwargs.items()}
+        model.eval()(*(torch.zeros_like(v, device="cpu") for v in args), **named)
+    console.print(str(found), highlight=False)
+    return found.to_dict()
 
 
 if __name__ == "__main__":

@@ -45,14 +45,12 @@ def call(model: nn.Module, inputs: Any, *, repeats: int = 3) -> Measurement:
             model(*args, **kwargs)
             _finish(model)
             seconds.append(time.perf_counter() - start)
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            before = torch.cuda.memory_allocated(device)
+        watch = PeakWatch(model)
+        watch.start()
+        try:
             model(*args, **kwargs)
-            peak = torch.cuda.max_memory_allocated(device) - before
-        else:
-            peak = profiled_peak(model, args, kwargs)
+        finally:
+            peak = watch.stop()
     return Measurement(weight_bytes(model), peak, median(seconds))
 
 
@@ -75,21 +73,56 @@ def quiet_profiler() -> Iterator[None]:
             del os.environ[name]
 
 
+class PeakWatch:
+    """The most that torch holds between `start` and `stop`, above the level at the start.
+
+    On the CPU by the profiler's allocation events of all threads; on CUDA by torch's peak of
+    allocated bytes, which it resets.
+    """
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        devices = (p.device for p in model.parameters()) if model is not None else iter(())
+        self.device = next(devices, torch.device("cpu"))
+        self._before = 0
+        self._profiler: Any = None
+
+    def start(self) -> None:
+        """Begin to watch; RuntimeError by torch if a profiler runs already."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._before = torch.cuda.memory_allocated(self.device)
+            return
+        from torch.profiler import ProfilerActivity, profile
+
+        self._profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+        with quiet_profiler():
+            self._profiler.__enter__()
+
+    def stop(self) -> int:
+        """End it, and give the peak in bytes."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) - self._before
+        profiler, self._profiler = self._profiler, None
+        with quiet_profiler():
+            profiler.__exit__(None, None, None)
+        events = profiler.profiler.kineto_results.events()
+        live = peak = 0
+        for event in sorted(
+            (e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()
+        ):
+            live += event.nbytes()
+            peak = max(peak, live)
+        return peak
+
+
 def profiled_peak(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """The highest sum of the profiler's allocation events during one call on the CPU, in bytes."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with (
-        quiet_profiler(),
-        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
-    ):
+    watch = PeakWatch()
+    watch.start()
+    try:
         out = model(*args, **kwargs)
         del out
-    assert profiler.profiler is not None
-    assert profiler.profiler.kineto_results is not None
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
+    finally:
+        peak = watch.stop()
     return peak

@@ -21,6 +21,7 @@ from .convert import (
 )
 from .errors import VramkitError
 from .estimator import estimate, model_dtype, weight_bytes
+from .first_run import watch_first_run
 from .formats import StorageFormat
 from .placing import place_layers
 from .plan_rules import Layer, Pin, Rules, Turns
@@ -281,11 +282,15 @@ def fit(
     formats: Iterable[Precision] = DEFAULT_FORMATS,
     skip: Iterable[str] = (),
     progress: bool | Progress = False,
+    verify: bool = True,
     **options: Any,
 ) -> nn.Module:
     """Plan and convert in one step: `model`, changed in place so that it fits; see `plan`.
 
-    The plan stays readable as ``model.vramkit_plan``. `options` are further ones of `plan`.
+    The plan stays readable as ``model.vramkit_plan``. With `verify` the first call without
+    gradients is measured (it takes a little longer): ``print(model.vramkit_first_run)`` then shows
+    what it took beside the estimate and the limit. A call that takes more than the limit, or over
+    5 % off the estimate made for its shapes, is warned of. `options` are further ones of `plan`.
     """
     made = plan(
         model,
@@ -299,4 +304,6 @@ def fit(
     )
     made.apply(model, progress=progress)
     object.__setattr__(model, "vramkit_plan", made)
+    if verify:
+        object.__setattr__(model, "vramkit_first_run", watch_first_run(model, made, inputs))
     return model

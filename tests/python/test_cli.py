@@ -86,6 +86,17 @@ def test_convert_fit_and_load(workplace: Path) -> None:
     assert a == Path("again/model.safetensors").read_bytes()
 
 
+def test_fit_runs_the_result_once(workplace: Path) -> None:
+    arguments = ("--vram-limit", "16000 B", "--inputs", "5x96")
+    checkpoint = ("weights.safetensors", "fitted", "--factory", "factory_for_cli:build")
+    for where in (checkpoint, ("factory_for_cli:build", "fitted-too")):
+        found = run("fit", *where, *arguments)["first_run"]
+        assert found["measured"] == found["estimated"]
+        assert found["within_limit"]
+        assert found["measured"]["activations_bytes"] > 0
+    assert "first_run" not in run("fit", "factory_for_cli:build", "c", *arguments, "--no-verify")
+
+
 def test_plan_saves_and_prints(workplace: Path) -> None:
     found = run("plan", "factory_for_cli:build", "--vram-limit", "20 KB", "--save", "plan.json")
     assert found["weights_bytes"] <= 20_000
