@@ -413,7 +413,7 @@ def _size(text: str | None) -> Any:
 def _print_modes(console: Console, made: Any) -> None:
     found = made.table()
     headers, rows = found.cells()
-    table = Table(title="what is possible, all on the device")
+    table = Table(title="what is possible")
     for header in headers:
         table.add_column(header, justify="left" if header == "mode" else "right")
     for row in rows:

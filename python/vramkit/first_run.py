@@ -225,7 +225,7 @@ class _Watch:
 
         if torch.is_grad_enabled():
             why = "gradients were on, and keep what an estimate of inference does not count"
-        elif torch.autograd._profiler_enabled():
+        elif torch._C._autograd._profiler_enabled():
             why = "a profiler was running, and there can be only one"
         elif any(isinstance(v, FakeTensor) for v in (*args, *kwargs.values())):
             why = "the inputs were fake tensors"

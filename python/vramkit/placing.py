@@ -51,13 +51,11 @@ class _Problem:
             group, meaning = [], []
             for option in layer.allowed:
                 compute = self._compute(layer, option) * self.parts.passes[phase]
-                for tier in layer.places:
-                    backings: list[str | None] = [None]
-                    if tier == "device" and turns:
-                        backings = ["host", "disk"] if "disk" in all_places else ["host"]
-                    for backing in backings:
-                        group.append(self._choice(option, tier, backing, compute, phase))
-                        meaning.append((option, tier, backing))
+                for tier, backing in ways(layer.places, all_places, turns):
+                    group.append(
+                        choice(option, tier, backing, compute, self.parts.passes[phase], self.rates)
+                    )
+                    meaning.append((option, tier, backing))
             self.groups.append((phase, group))
             self.meaning.append(meaning)
 
@@ -65,30 +63,6 @@ class _Problem:
         if self.rates is None:
             return 0.0
         return layer.entry(option, "device").seconds(self.rates, self.rows)
-
-    def _copy(self, size: int, rate: str) -> float:
-        per_second = getattr(self.rates, rate) if self.rates is not None else 0.0
-        if not per_second:
-            raise ValueError(f"streaming needs rates with {rate}")
-        return float(size / per_second)
-
-    def _choice(
-        self, option: Option, tier: str, backing: str | None, compute: float, phase: int
-    ) -> tuple[Any, ...]:
-        size, passes = option.bytes, self.parts.passes[phase]
-        if tier == "device":
-            turn = 0.0
-            if backing is not None and self.rates is not None:
-                turn = self._copy(size, "link_bytes_per_second")
-                if backing == "disk":
-                    turn = max(turn, self._copy(size, "disk_bytes_per_second"))
-            host = size if backing == "host" else 0
-            return (size, 0, host, False, option.error, compute, 0.0, 0.0, turn)
-        link = self._copy(size, "link_bytes_per_second") * passes
-        if tier == "host":
-            return (0, size, size, False, option.error, compute, link, 0.0, 0.0)
-        disk = self._copy(size, "disk_bytes_per_second") * passes
-        return (0, size, 0, True, option.error, compute, link, disk, 0.0)
 
     def solve(self, budget: int, max_loss: float | None, weights: Any = None) -> Any:
         """The native planner's answer within `budget` device bytes."""
@@ -124,6 +98,57 @@ class _Problem:
         share = 1.0 if prefer == "balanced" else SPEED_LOSS_SHARE
         scale = loss_scale or loss
         return (share / scale if scale else 0.0, 1 / seconds if seconds else 1.0)
+
+
+def ways(
+    places: Sequence[str], all_places: Sequence[str], turns: bool
+) -> list[tuple[str, str | None]]:
+    """(tier, backing) of every way to keep a layer that may lie at `places`.
+
+    Where components take turns, `backing` is where a resident waits for its turn.
+    """
+    found: list[tuple[str, str | None]] = []
+    for tier in places:
+        backings: list[str | None] = [None]
+        if tier == "device" and turns:
+            backings = ["host", "disk"] if "disk" in all_places else ["host"]
+        found += [(tier, backing) for backing in backings]
+    return found
+
+
+def choice(
+    option: Option,
+    tier: str,
+    backing: str | None,
+    compute: float,
+    passes: int,
+    rates: Rates | None,
+) -> tuple[Any, ...]:
+    """The native planner's tuple for a layer in one format at one place; `compute` in seconds.
+
+    (resident bytes, slot bytes, host bytes, reads disk, error, compute, link, disk, turn seconds).
+    """
+    size = option.bytes
+    if tier == "device":
+        turn = 0.0
+        if backing is not None and rates is not None:
+            turn = _copy(size, "link_bytes_per_second", rates)
+            if backing == "disk":
+                turn = max(turn, _copy(size, "disk_bytes_per_second", rates))
+        host = size if backing == "host" else 0
+        return (size, 0, host, False, option.error, compute, 0.0, 0.0, turn)
+    link = _copy(size, "link_bytes_per_second", rates) * passes
+    if tier == "host":
+        return (0, size, size, False, option.error, compute, link, 0.0, 0.0)
+    disk = _copy(size, "disk_bytes_per_second", rates) * passes
+    return (0, size, 0, True, option.error, compute, link, disk, 0.0)
+
+
+def _copy(size: int, rate: str, rates: Rates | None) -> float:
+    per_second = getattr(rates, rate) if rates is not None else 0.0
+    if not per_second:
+        raise ValueError(f"streaming needs rates with {rate}")
+    return float(size / per_second)
 
 
 def place_layers(

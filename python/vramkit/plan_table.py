@@ -7,16 +7,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from . import _core
-from .placing import least_that, phase_seconds, smallest_budget
+from .placing import choice, least_that, phase_seconds, smallest_budget, ways
 from .plans import RESIDENT, Option, Plan, PlanEntry
 from .sizes import format_size
 
 
 class PlanMode(NamedTuple):
-    """One row: a way to keep the whole model on the device.
+    """One row: the whole model on the device, or ", streamed" as far as the limit asks for it.
 
     `limit_bytes` is the smallest limit that admits it; `mixed_limit_bytes` the smallest limit at
-    which a mix of formats loses no more. `seconds` is None without rates.
+    which a mix of formats, all on the device, loses no more. `seconds` are those within the plan's
+    limit, None without rates.
     """
 
     mode: str
@@ -94,17 +95,20 @@ class PlanTable:
 def table_of(plan: Plan) -> PlanTable:
     """The table of a plan's model, from what was measured when the plan was made.
 
-    Every row keeps all layers on the device. Raises ValueError for a plan without options (one
+    Pins of formats and places are left aside. A format that does not fit the device has a second
+    row where the plan may stream. Raises ValueError for a plan without options (one
     loaded from an older file).
     """
     if any(not entry.options for entry in plan.entries):
         raise ValueError("this plan has no options to tabulate: it was made by an older version")
-    rows = [_mode(plan, "as it is", [_option(e, None) for e in plan.entries])]
-    for name in plan.formats:
+    rows: list[PlanMode] = []
+    for name in (None, *plan.formats):
         options = [_option(e, name) for e in plan.entries]
-        if all(o.format is None for o in options):
+        if name is not None and all(o.format is None for o in options):
             continue  # no layer gets smaller by it
-        rows.append(_mode(plan, name, options))
+        rows.append(_mode(plan, name or "as it is", options))
+        if not rows[-1].fits and plan.tiers != ("device",):
+            rows.append(_streamed(plan, rows[-1], options))
     rows.sort(key=lambda row: (row.loss, row.limit_bytes))
     chosen = PlanMode(
         "this plan" if plan.optimal else f"this plan (gap {plan.gap:.2g})",
@@ -163,6 +167,41 @@ def _mode(plan: Plan, name: str, options: list[Option]) -> PlanMode:
 def _placed(entry: PlanEntry, option: Option) -> PlanEntry:
     return replace(
         entry, format=option.format, bytes=option.bytes, error=option.error, tier=RESIDENT
+    )
+
+
+def _streamed(plan: Plan, resident: PlanMode, options: list[Option]) -> PlanMode:
+    """The same formats with as many layers streamed as the limit asks for, the fastest way."""
+    names = [p.name for p in plan.phases]
+    reserved = [(p.fixed_bytes + p.activations_bytes, 0.0) for p in plan.phases]
+    places = ways(plan.tiers, plan.tiers, len(names) > 1)
+    groups = []
+    for e, option in zip(plan.entries, options, strict=True):
+        phase = names.index(e.component)
+        passes = plan.phases[phase].passes
+        compute = 0.0
+        if plan.rates is not None:
+            compute = _placed(e, option).seconds(plan.rates, plan.rows) * passes
+        group = [choice(option, *way, compute, passes, plan.rates) for way in places]
+        groups.append((phase, group))
+    host = plan.host_limit_bytes
+    if host is not None and len(names) > 1:
+        host -= sum(p.fixed_bytes for p in plan.phases)
+    needs = max(n for n, _ in _core.least_device_bytes(reserved, groups, slots=plan.slots))
+    found = _core.place(
+        reserved,
+        groups,
+        plan.limit_bytes - plan.buffer_bytes,
+        host_limit=host,
+        slots=plan.slots,
+        weights=(0.0, 1.0),
+    )
+    return resident._replace(
+        mode=f"{resident.mode}, streamed",
+        limit_bytes=needs + plan.buffer_bytes,
+        seconds=found.seconds if found.found else None,
+        fits=found.found,
+        mixed_limit_bytes=None,
     )
 
 

@@ -359,6 +359,33 @@ def test_the_table_holds_what_happens() -> None:
     assert halves["int8"].mixed_limit_bytes <= rows["int8"].limit_bytes
 
 
+@pytest.mark.parametrize("tiers", [("device", "host"), ("device", "host", "disk"), ("disk",)])
+def test_the_table_streams_what_does_not_fit(tiers: tuple[str, ...]) -> None:
+    options = {"tiers": tiers, "prefer": "speed", "host_limit": 40_000}
+    limit = int(weight_bytes(model()) * 0.3)
+    rows = {row.mode: row for row in plan(limit, **options).table().rows}
+    streamed = [mode.removesuffix(", streamed") for mode in rows if mode.endswith(", streamed")]
+    assert {"as it is", "bf16"} <= set(streamed)
+    assert set(streamed) == {n for n in ("as it is", *FORMATS) if not rows[n].fits}
+    for name in streamed:
+        row = rows[f"{name}, streamed"]
+        assert row.limit_bytes < rows[name].limit_bytes
+        rules = {"*": [None if name == "as it is" else name]}
+        alone = {**options, "rules": rules}
+        if row.fits:
+            made = plan(limit, **alone)
+            assert made.seconds == pytest.approx(row.seconds, rel=1e-9)
+            assert (made.weights_bytes, made.loss) == (row.weights_bytes, pytest.approx(row.loss))
+        else:
+            assert row.seconds is None
+            with pytest.raises(BudgetError):
+                plan(limit, **alone)
+        if "disk" in tiers:
+            plan(row.limit_bytes, **alone)
+        with pytest.raises(BudgetError):
+            plan(row.limit_bytes - 1, **alone)
+
+
 def test_rates() -> None:
     found = vramkit.measure_rates(("int8",), disk=False)
     assert found is vramkit.measure_rates(("int8",), disk=False)  # once in a process
