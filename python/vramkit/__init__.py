@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .quality import Comparison, Recording, compare, record
     from .rates import Rates, measure_rates
     from .recommendation import recommend
+    from .verification import Verification, keep_measurement, verify
 
 __version__ = "0.1.0"
 
@@ -66,6 +67,9 @@ _LAZY = {
     "compare": "quality",
     "record": "quality",
     "VRAMEfficientModelManager": "model_manager",
+    "Verification": "verification",
+    "keep_measurement": "verification",
+    "verify": "verification",
 }
 
 
@@ -102,6 +106,7 @@ __all__ = [
     "StaleHandleError",
     "StorageFormat",
     "VRAMEfficientModelManager",
+    "Verification",
     "VramkitError",
     "compare",
     "convert",
@@ -113,6 +118,7 @@ __all__ = [
     "format_names",
     "format_size",
     "get_format",
+    "keep_measurement",
     "load",
     "measure_rates",
     "parse_size",
@@ -123,5 +129,6 @@ __all__ = [
     "restore",
     "save",
     "set_weight",
+    "verify",
     "writable",
 ]
