@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from .quality import Comparison, Recording, compare, record
     from .rates import Rates, measure_rates
     from .recommendation import recommend
+    from .verification import Verification, keep_measurement, verify
 
 __version__ = "0.1.0"
 
@@ -69,6 +70,9 @@ _LAZY = {
     "compare": "quality",
     "record": "quality",
     "VRAMEfficientModelManager": "model_manager",
+    "Verification": "verification",
+    "keep_measurement": "verification",
+    "verify": "verification",
 }
 
 
@@ -107,6 +111,7 @@ __all__ = [
     "StaleHandleError",
     "StorageFormat",
     "VRAMEfficientModelManager",
+    "Verification",
     "VramkitError",
     "compare",
     "convert",
@@ -118,6 +123,7 @@ __all__ = [
     "format_names",
     "format_size",
     "get_format",
+    "keep_measurement",
     "load",
     "measure_rates",
     "parse_size",
@@ -128,5 +134,6 @@ __all__ = [
     "restore",
     "save",
     "set_weight",
+    "verify",
     "writable",
 ]

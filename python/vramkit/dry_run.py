@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .intervals import Unprobed, kind_of
 from .known import LARGEST
-from .probing import Probes, Store
+from .probing import NAMESPACES, Probes, Store
 from .recorder import Recorder, module_paths
 from .targets import Target
 from .tracing import Call, Inside, Recording, Trace
@@ -38,6 +39,7 @@ class Findings:
             the trace.
         results: Blocks of what the run returned.
         ruled: Operators for which a rule answered, and how many distinct calls.
+        unprobed: What no probe told.
         notes: What the figures leave out or assume.
     """
 
@@ -45,6 +47,7 @@ class Findings:
     kept_bytes: int = 0
     probes: Probes = field(default_factory=Probes)
     ruled: dict[str, int] = field(default_factory=dict)
+    unprobed: Unprobed = field(default_factory=Unprobed)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -158,9 +161,15 @@ class DryRun:
     ) -> Findings:
         inside: dict[Call, Inside] = {c: learned.sizes for c, learned in probes.found.items()}
         ruled: dict[str, int] = {}
+        kinds: set[str] = set()
+        unknown: dict[str, None] = {}
         for call in recording.distinct():
             if call in inside:
                 continue
+            if call in probes.failed or call.operator.namespace not in NAMESPACES:
+                unknown[str(call.operator)] = None
+            else:
+                kinds.add(kind_of(call.operator._schema.name))
             sizes = inside_of(call, recording.results[call], self.target)
             if sizes is not None:
                 inside[call] = sizes
@@ -168,7 +177,8 @@ class DryRun:
                 name = call.operator._schema.name
                 ruled[name] = ruled.get(name, 0) + 1
         trace = recording.assemble(inside, recorder.results | recorder.alive().keys())
-        return Findings(trace, kept, probes, ruled, list(self.target.notes()))
+        unprobed = Unprobed(frozenset(kinds), tuple(unknown))
+        return Findings(trace, kept, probes, ruled, unprobed, list(self.target.notes()))
 
 
 def fake_parameters(skeleton: nn.Module, fake: Any) -> None:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .probing import Store
     from .recorder import Recorder
     from .tracing import Tag, Trace
+    from .verification import Calibrated
 
 # Integer inputs of language models, where only a shape is given.
 _INTEGER_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "labels")
@@ -57,6 +58,12 @@ class MemoryEstimate:
         trace: Every allocation and release of the call.
         load_trace: Every allocation and release of `vramkit.load`, weight by weight.
         tensor_bytes: Bytes of every parameter and buffer.
+        identity: Names the call: model, formats, shapes, device, versions; "" without inputs.
+        predicted_bytes: activations_bytes before any measurement was used.
+        activations_interval_bytes: (low, high) of activations_bytes; None where nothing is known.
+        interval_from: Where the interval comes from, or why there is none.
+        calibrated: The real runs whose measurement activations_bytes is, if there were any. The
+            trace and the timeline stay the prediction's.
     """
 
     weights_bytes: int
@@ -74,6 +81,19 @@ class MemoryEstimate:
     trace: Trace | None = field(default=None, repr=False)
     load_trace: Trace | None = field(default=None, repr=False)
     tensor_bytes: list[int] = field(default_factory=list, repr=False)
+    identity: str = ""
+    predicted_bytes: int | None = None
+    activations_interval_bytes: tuple[int, int] | None = None
+    interval_from: str = "none: there were no inputs"
+    calibrated: Calibrated | None = None
+
+    @property
+    def interval_bytes(self) -> tuple[int, int] | None:
+        """(low, high) of peak_bytes: the weights, which are exact, and the call's interval."""
+        if self.activations_interval_bytes is None:
+            return None
+        low, high = self.activations_interval_bytes
+        return self.weights_bytes + low, self.weights_bytes + high
 
     @property
     def load_peak_bytes(self) -> int | None:
@@ -133,6 +153,11 @@ class MemoryEstimate:
             "notes": self.notes,
             "target": self.target,
             "kept_bytes": self.kept_bytes,
+            "activations_interval_bytes": self.activations_interval_bytes,
+            "interval_bytes": self.interval_bytes,
+            "interval_from": self.interval_from,
+            "predicted_bytes": self.predicted_bytes,
+            "calibrated": None if self.calibrated is None else asdict(self.calibrated),
             "shapes": [{"name": name, "activations_bytes": n} for name, n in self.shapes.items()],
             "generation": None if self.generation is None else asdict(self.generation),
             "probes": {"run": self.probes[0], "seconds": self.probes[1]},
@@ -191,6 +216,7 @@ def estimate(
     probe: bool = True,
     generate: int = 0,
     shapes: Mapping[str, Any] | None = None,
+    calibrated: bool = True,
 ) -> MemoryEstimate:
     """Predict the memory that `model` will take, without running it or reading its weights.
 
@@ -211,6 +237,8 @@ def estimate(
         generate: Count of new tokens: predict a greedy generation loop after the prompt `inputs`,
             its cache included, for a model of transformers.
         shapes: Several inputs by name, in place of `inputs`; the largest counts.
+        calibrated: Whether what earlier real runs of this call measured (`vramkit.verify`) takes
+            the prediction's place.
 
     The model, if one is given, is left as it is. Raises ValueError where the model's control flow
     depends on values that fake tensors do not have, where a custom operator has no fake
@@ -249,6 +277,8 @@ def estimate(
         made = replace(found, notes=[], shapes={})
         copied = meta_copy(skeleton) if len(cases) > 1 else skeleton
         _trace(copied, given, made, aim, store, probe, output_kept, generate)
+        if calibrated:
+            _calibrate(made)
         assert made.activations_bytes is not None
         if name:
             found.shapes[name] = made.activations_bytes
@@ -320,10 +350,14 @@ def _trace(
     """Run `skeleton` (parameters on the meta device) on fake tensors; fills in `found`."""
     from .dry_run import DryRun
     from .generation import Loop
+    from .intervals import interval_of
+    from .verification import identity
 
     dry = DryRun({"": skeleton}, target)
     args, kwargs = dry.accept(call_arguments(inputs, model_dtype(skeleton)))
     found.inputs_bytes = sum(v.numel() * v.element_size() for v in dry.given)
+    more = f"generate={generate} output_kept={output_kept}"
+    found.identity = identity(skeleton, args, kwargs, target.name, more)
     loop: Loop | None = None
     if generate:
         if args:
@@ -335,13 +369,34 @@ def _trace(
         return loop(recorder) if loop is not None else skeleton(*args, **kwargs)
 
     learned = dry.learned(play, probe=probe, store=store)
-    found.activations_bytes = learned.peak_bytes
+    found.activations_bytes = found.predicted_bytes = learned.peak_bytes
     found.timeline = learned.trace.timeline()
     found.trace = learned.trace
     found.kept_bytes = learned.kept_bytes
     found.probes = (learned.probes.ran, learned.probes.seconds)
     found.generation = loop.found if loop is not None else None
     found.notes += learned.explain(probe)
+    found.activations_interval_bytes, found.interval_from = interval_of(
+        learned.peak_bytes,
+        learned.trace.returned_peak(),
+        learned.unprobed,
+        target.kind,
+        loop is not None,
+    )
+
+
+def _calibrate(found: MemoryEstimate) -> None:
+    """Put what real runs of this call measured in the prediction's place."""
+    from .verification import Measured
+
+    assert found.predicted_bytes is not None
+    found.calibrated, notes = Measured(found.identity).applied(found.predicted_bytes)
+    found.notes += notes
+    if found.calibrated is not None:
+        used = found.calibrated
+        found.activations_bytes = used.most_bytes
+        found.activations_interval_bytes = used.least_bytes, used.most_bytes
+        found.interval_from = f"real runs on {used.device}, the latest {used.when}"
 
 
 def model_dtype(model: nn.Module) -> torch.dtype:

@@ -198,7 +198,8 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "vramkit"
 
 
-def _processor() -> str:
+def processor() -> str:
+    """What the system says of the processor: family, model and instruction sets."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -212,7 +213,7 @@ class Store:
 
     def __init__(self, folder: Path | None = None) -> None:
         self.notes: list[str] = []
-        about = f"{torch.__version__} {torch.get_num_threads()} {_processor()}"
+        about = f"{torch.__version__} {torch.get_num_threads()} {processor()}"
         name = hashlib.blake2b(about.encode(), digest_size=8).hexdigest()
         self.path = (folder or cache_folder()) / f"probes-{name}.json"
         self.about = about

@@ -41,11 +41,15 @@ class Trace:
             stream, index into `tags`. A block is allocated once and released at most once.
         tags: What the last column means.
         marks: (label, number of events before it) at every module's end and every phase's begin.
+        outer: The last block that an operator returned; those above it lived within operators.
+        cache: Blocks of a generation loop's cache.
     """
 
     events: array[int] = field(default_factory=lambda: array("q"))
     tags: list[Tag] = field(default_factory=list)
     marks: list[tuple[str, int]] = field(default_factory=list)
+    outer: int = 0
+    cache: frozenset[int] = frozenset()
 
     def __len__(self) -> int:
         return len(self.events) // COLUMNS
@@ -85,6 +89,21 @@ class Trace:
             if chosen[tag] and size != RELEASE
         )
         return max(inside, default=0)
+
+    def returned_peak(self) -> int:
+        """The most bytes alive at once of what operators return, without what is inside them."""
+        sizes: dict[int, int] = {}
+        now = peak = 0
+        for block, size, _, _ in self:
+            if block > self.outer:
+                continue
+            if size == RELEASE:
+                now -= sizes.pop(block)
+            else:
+                sizes[block] = size
+                now += size
+                peak = max(peak, now)
+        return peak
 
     def phases(self) -> list[str]:
         """Names of the phases, in order."""
@@ -210,6 +229,7 @@ class Recording:
     tags: dict[Tag, int] = field(default_factory=dict)
     labels: list[str] = field(default_factory=list)
     blocks: int = 0
+    cache: set[int] = field(default_factory=set)  # blocks of a generation loop's cache
 
     def tag(self, tag: Tag) -> int:
         """The index of a tag."""
@@ -261,7 +281,7 @@ class Recording:
 
         The blocks `without` are left out.
         """
-        made = Trace(tags=list(self.tags))
+        made = Trace(tags=list(self.tags), outer=self.blocks, cache=frozenset(self.cache))
         writer = _Writer(made, self.blocks, without or set())
         index = 0
         while index < len(self.steps):
