@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .estimator import MemoryEstimate, call_arguments, estimate, model_dtype, weight_bytes
 from .measure import PeakWatch
 from .sizes import format_size
+from .verification import Verification, keep_measurement, target_of
 
 if TYPE_CHECKING:
     from .plans import Plan
@@ -37,12 +38,16 @@ class FirstRun:
         weights_bytes: Parameters and buffers when the call began; None before it.
         activations_bytes: The most that the call held at once, measured: by the profiler's events
             on a CPU, by torch's peak of allocated bytes on CUDA. None before it.
+        verification: The comparison as `vramkit.verify` makes it; later estimates of the same call
+            use what was measured. None before the call, where there is no estimate, and where the
+            call left something in the model that later ones will not make again.
         waiting: Why the calls so far were not measured, if some were not.
     """
 
     plan: Plan
     weights_bytes: int | None = None
     activations_bytes: int | None = None
+    verification: Verification | None = None
     waiting: str = ""
     _estimate: MemoryEstimate | None = field(default=None, repr=False)
     _inputs: Any = field(default=None, repr=False)
@@ -73,8 +78,16 @@ class FirstRun:
         if self._estimate is None and self.done:
             model = self._model() if self._model is not None else None
             if model is not None:
-                self._estimate = estimate(model, inputs=self._inputs)
+                self._compare(
+                    estimate(model, inputs=self._inputs, target=target_of(model), calibrated=False)
+                )
         return self._estimate
+
+    def _compare(self, found: MemoryEstimate) -> None:
+        self._estimate = found
+        assert self.activations_bytes is not None
+        if not found.kept_bytes:
+            self.verification = keep_measurement(found, self.activations_bytes)
 
     def _warn(self) -> None:
         if not self.within_limit:
@@ -87,11 +100,14 @@ class FirstRun:
 
     @property
     def difference(self) -> float | None:
-        """Measured peak / estimated peak - 1; None without either."""
+        """Measured peak / estimated peak of a first call - 1; None without either.
+
+        A first call also makes what it leaves in the model (`kept_bytes`).
+        """
         found = self.estimate
         if found is None or not found.peak_bytes or self.peak_bytes is None:
             return None
-        return self.peak_bytes / found.peak_bytes - 1
+        return self.peak_bytes / (found.peak_bytes + found.kept_bytes) - 1
 
     @property
     def within_limit(self) -> bool | None:
@@ -120,6 +136,7 @@ class FirstRun:
                 "weights_bytes": found.weights_bytes,
                 "activations_bytes": found.activations_bytes,
                 "peak_bytes": found.peak_bytes,
+                "kept_bytes": found.kept_bytes,
             },
             "difference": self.difference,
         }
@@ -140,6 +157,8 @@ class FirstRun:
             assert measured is not None
             beside = "-" if predicted is None else format_size(predicted)
             lines.append(f"{name:12} {format_size(measured):>12} {beside:>12}")
+        if found is not None and found.kept_bytes:
+            lines.append(f"{'left by it':12} {'':12} {format_size(found.kept_bytes):>12}")
         if self.difference is not None:
             lines[-1] += f"  ({self.difference:+.1%})"
         lines.append(f"{kept} the limit of {format_size(limit)}, which bounds the {self._bound()}")
@@ -217,7 +236,8 @@ class _Watch:
         else:
             self.found._model, self.found._inputs = weakref.ref(model), inputs
             if self.planned is not None and _alike(self.planned, inputs):
-                self.found._estimate = self.found.plan.estimate
+                assert self.found.plan.estimate is not None
+                self.found._compare(self.found.plan.estimate)
         self.found._warn()
 
     def _measurable(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -28,6 +28,7 @@ from .plan_rules import Layer, Pin, Rules, Turns
 from .plans import TIERS, Option, Plan, fingerprint
 from .rates import Rates, measure_rates
 from .sizes import parse_size
+from .verification import target_of
 
 if TYPE_CHECKING:
     from .calibration import Calibration
@@ -150,7 +151,8 @@ def plan(
     parts = Turns.of(model, found, turns, activations)
     peak = activations is not None
     if inputs is not None and not peak and any(p.is_cuda for p in model.parameters()):
-        parts.add_activations(estimate(model, inputs=inputs).activations_bytes or 0)
+        call = estimate(model, inputs=inputs, target=target_of(model))
+        parts.add_activations(call.activations_bytes or 0)
         peak = True
     cost: Cost = _weight_cost
     if batches is not None:
@@ -223,7 +225,7 @@ def plan(
     )
     if inputs is not None:
         by_name: Mapping[str, Precision | None] = {e.name: e.format for e in made.entries}
-        made.estimate = estimate(model, by_name, inputs)
+        made.estimate = estimate(model, by_name, inputs, target=target_of(model))
     return made
 
 

@@ -141,7 +141,7 @@ def verify(
         raise ValueError("a real run needs a model with weights; this one is on the meta device")
     made = estimate
     if made is None:
-        made = predict(model, None, inputs, target=_target_of(model), calibrated=False)
+        made = predict(model, None, inputs, target=target_of(model), calibrated=False)
     measured = call(model, inputs, repeats=1)
     found = keep_measurement(made, measured.activations_bytes, keep=keep)
     return Verification(**{**vars(found), "seconds": measured.seconds})
@@ -175,7 +175,8 @@ def keep_measurement(
     )
 
 
-def _target_of(model: nn.Module) -> str:
+def target_of(model: nn.Module) -> str:
+    """The target, as `estimate` takes it, of the device that a model's parameters are on."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if device.type != "cuda":
         return "cpu"

@@ -58,6 +58,10 @@ def test_the_first_call_is_measured_and_the_hooks_go() -> None:
     assert found.estimate is model.vramkit_plan.estimate
     assert found.difference == 0.0
     assert found.within_limit
+    assert found.verification.ratio == 1.0
+    assert found.verification.kept
+    again = vramkit.estimate(model, inputs=(x,))
+    assert again.calibrated.most_bytes == found.activations_bytes
     data = found.to_dict()
     assert data["measured"]["peak_bytes"] == data["estimated"]["peak_bytes"] == found.peak_bytes
     for text in ("measured", "estimated", "within the limit", "weights"):
@@ -79,7 +83,9 @@ def test_other_shapes_get_an_estimate_of_their_own(rows: int) -> None:
     with torch.no_grad():
         model(torch.randn(rows, 96))
     found = model.vramkit_first_run
+    assert found.verification is None
     assert found.estimate is not model.vramkit_plan.estimate
+    assert found.verification.ratio == 1.0
     assert found.difference == 0.0
     without = fitted(inputs=None)
     with torch.no_grad():
@@ -204,6 +210,32 @@ def test_a_model_that_calls_itself() -> None:
         model(torch.randn(5, 64))
     assert model.vramkit_first_run.difference == 0.0
     assert hooks_of(model) == 0
+
+
+class Remembering(nn.Module):
+    """Makes a table in its first call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 64)
+        self.table: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.table is None:
+            self.table = torch.arange(x.shape[-1] * 32, dtype=x.dtype).reshape(32, -1)
+        y: Tensor = self.layer(x) + self.table[0]
+        return y
+
+
+def test_what_a_first_call_leaves_counts_once() -> None:
+    model = vramkit.fit(Remembering().eval(), "1 MB", inputs=((5, 64),))
+    with torch.no_grad():
+        model(torch.randn(5, 64))
+    found = model.vramkit_first_run
+    assert found.estimate.kept_bytes == 32 * 64 * 4
+    assert found.difference == 0.0
+    assert found.verification is None  # later calls will not hold as much
+    assert "left by it" in str(found)
 
 
 class Hiding(nn.Module):
