@@ -1,6 +1,6 @@
 // What the engine asks of a device: memory, copies to it, and events that order the copies with
-// the arithmetic. A host backend (below) does all of it in place, at once; one with streams enqueues
-// and returns.
+// the arithmetic. A host backend (below) does all of it in place, at once; one with streams
+// enqueues and returns.
 //
 // Ordering, for a device with streams. A lane is a stream for copies, used by one thread. Before a
 // lane writes to a slot it waits for the event that the arithmetic recorded when it gave the slot
