@@ -554,7 +554,7 @@ TEST_F(EngineLimits, PressureAndHysteresisTogether) {
 
 TEST_F(EngineFaults, EveryReadFailsOnce) {
   for (const int code : {EIO, ENOMEM, EINVAL, ESTALE}) {
-    bool failed = true;
+    std::atomic<bool> failed{true};
     for (std::int64_t nth = 0; failed; ++nth) {
       contents_.clear();
       disk_ = std::make_shared<TestDisk>();
