@@ -77,7 +77,7 @@ void translate(std::exception_ptr thrown) {
     raise("CheckpointError", error);
   } catch (const FileChangedError& error) {
     raise("FileChangedError", error);
-  } catch (const OutOfMemory& error) {
+  } catch (const OutOfMemoryError& error) {
     PyErr_SetString(PyExc_MemoryError, error.what());
   } catch (const SystemError& error) {
     py::object args = py::make_tuple(error.code(), error.what());

@@ -58,9 +58,9 @@ class BudgetError : public Error {
 };
 
 // Memory that could not be had (Python: MemoryError). `bytes` is what was asked for.
-class OutOfMemory : public Error {
+class OutOfMemoryError : public Error {
  public:
-  OutOfMemory(const std::string& what, std::int64_t bytes) : Error(what), bytes_(bytes) {}
+  OutOfMemoryError(const std::string& what, std::int64_t bytes) : Error(what), bytes_(bytes) {}
   std::int64_t bytes() const { return bytes_; }
 
  private:

@@ -667,7 +667,7 @@ TEST_F(EngineFaults, MemoryFailsAtEveryStep) {
         for (std::int64_t block = 0; block < 8; ++block) call(engine, block);
       }
       EXPECT_LE(engine.stats().committed, 5 * kBlock);
-    } catch (const OutOfMemory& error) {
+    } catch (const OutOfMemoryError& error) {
       EXPECT_GT(error.bytes(), 0);
       EXPECT_FALSE(made) << nth;  // a resident that finds no memory is streamed
     }

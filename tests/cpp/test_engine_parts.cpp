@@ -30,8 +30,8 @@ TEST(EngineMemory, AdaptorsStack) {
   EXPECT_EQ(message_of<BudgetError>([&] { memory.commit(start + 4 * kGranule, 2 * kGranule); }),
             "the limit of 12288 bytes has no room for 8192 more than the 8192 in use");
   fails = true;
-  EXPECT_THROW(memory.commit(start + 4 * kGranule, kGranule), OutOfMemory);
-  EXPECT_THROW(memory.reserve(kGranule), OutOfMemory);
+  EXPECT_THROW(memory.commit(start + 4 * kGranule, kGranule), OutOfMemoryError);
+  EXPECT_THROW(memory.reserve(kGranule), OutOfMemoryError);
   fails = false;
   memory.commit(start + 4 * kGranule, kGranule);
   EXPECT_EQ(limited.committed(), 3 * kGranule);
@@ -48,7 +48,7 @@ TEST(EngineMemory, AdaptorsStack) {
   EXPECT_EQ(counts.decommits, 1);
   memory.unreserve(start, 8 * kGranule);
   EXPECT_EQ(counted.counts().reserved, 0);
-  EXPECT_THROW(host.reserve(std::int64_t{1} << 60), OutOfMemory);
+  EXPECT_THROW(host.reserve(std::int64_t{1} << 60), OutOfMemoryError);
   EXPECT_THROW(HostMemory(1000), InvalidArgument);
   EXPECT_THROW(HostMemory(6000), InvalidArgument);
   EXPECT_THROW(LimitedMemory(host, -1), InvalidArgument);
@@ -68,7 +68,7 @@ TEST(EngineMemory, AllocationsGoBack) {
   }
   EXPECT_EQ(counted.counts().reserved, 0);
   FaultyMemory faulty(counted, [](std::int64_t call) { return call == 1; });
-  EXPECT_THROW(Allocation(faulty, 1), OutOfMemory);
+  EXPECT_THROW(Allocation(faulty, 1), OutOfMemoryError);
   EXPECT_EQ(counted.counts().reserved, 0);
 }
 
@@ -113,7 +113,7 @@ TEST(EngineArena, GranulesAreSharedAndCounted) {
         ranges.push_back({offset, bytes});
         EXPECT_EQ(arena.committed() - before, cost);
         if (bytes > 0) arena.base()[offset + bytes - 1] = std::byte{1};
-      } catch (const OutOfMemory&) {
+      } catch (const OutOfMemoryError&) {
         EXPECT_EQ(arena.committed(), before);
       }
       calls_left = -1;

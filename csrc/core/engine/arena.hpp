@@ -15,7 +15,7 @@ namespace vramkit {
 
 class Arena {
  public:
-  Arena(Memory& memory, std::int64_t bytes);  // throws OutOfMemory
+  Arena(Memory& memory, std::int64_t bytes);  // throws OutOfMemoryError
   Arena(const Arena&) = delete;
   Arena& operator=(const Arena&) = delete;
   ~Arena();

@@ -263,7 +263,7 @@ Engine::Place* Engine::home_for(Block& block) {
   if (limited_.committed() + cost > limited_.limit()) return nullptr;
   try {
     arena_->commit(block.home.offset, block.home.bytes);
-  } catch (const OutOfMemory&) {
+  } catch (const OutOfMemoryError&) {
     if (block.spec.residence == Residence::resident) throw;
     // The system has less than the limit says: what cannot stay is streamed.
     block.resident = false;

@@ -131,7 +131,7 @@ using Interrupt = std::function<bool()>;
 class Engine {
  public:
   // Throws InvalidArgument for a plan that makes no sense, BudgetError with the least limit that
-  // would do, OutOfMemory.
+  // would do, OutOfMemoryError.
   explicit Engine(EngineConfig config);
   Engine(const Engine&) = delete;
   Engine& operator=(const Engine&) = delete;

@@ -13,7 +13,7 @@ namespace {
 constexpr std::int64_t kPage = 4096;
 
 [[noreturn]] void refuse(const char* what, std::int64_t bytes) {
-  throw OutOfMemory(
+  throw OutOfMemoryError(
       "the system has no " + std::string(what) + " for " + std::to_string(bytes) + " bytes", bytes);
 }
 
@@ -102,7 +102,7 @@ MemoryCounts CountedMemory::counts() const {
 }
 
 void FaultyMemory::maybe_fail(std::int64_t bytes) {
-  if (fails_(calls_++)) throw OutOfMemory("injected: no memory", bytes);
+  if (fails_(calls_++)) throw OutOfMemoryError("injected: no memory", bytes);
 }
 
 std::byte* FaultyMemory::reserve(std::int64_t bytes) {

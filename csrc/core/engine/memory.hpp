@@ -18,11 +18,11 @@ class Memory {
   virtual ~Memory() = default;
 
   virtual std::int64_t granularity() const = 0;  // a power of two
-  // Aligned to granularity(); `bytes` is a multiple of it. Throws OutOfMemory.
+  // Aligned to granularity(); `bytes` is a multiple of it. Throws OutOfMemoryError.
   virtual std::byte* reserve(std::int64_t bytes) = 0;
   // The same range, of which nothing is committed any more.
   virtual void unreserve(std::byte* start, std::int64_t bytes) noexcept = 0;
-  // Throws OutOfMemory or BudgetError with nothing changed. The content is unspecified.
+  // Throws OutOfMemoryError or BudgetError with nothing changed. The content is unspecified.
   virtual void commit(std::byte* start, std::int64_t bytes) = 0;
   virtual void decommit(std::byte* start, std::int64_t bytes) noexcept = 0;
 };
@@ -105,8 +105,8 @@ class CountedMemory : public MemoryAdaptor {
   std::atomic<std::int64_t> committed_{0}, peak_{0}, reserved_{0}, commits_{0}, decommits_{0};
 };
 
-// Throws OutOfMemory where `fails` says so, of the how-manieth call (from 0) of any kind that can
-// fail.
+// Throws OutOfMemoryError where `fails` says so, of the how-manieth call (from 0) of any kind that
+// can fail.
 class FaultyMemory : public MemoryAdaptor {
  public:
   FaultyMemory(Memory& below, std::function<bool(std::int64_t call)> fails)
