@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from vramkit.offload.blocks import Block, Division, divide, touches_of
 from zoo import ZOO, call
 
@@ -54,7 +54,7 @@ def only_while_called(model: nn.Module, division: Division) -> Iterator[list[int
     try:
         yield calls
     finally:
-        for index, block in enumerate(division.blocks):
+        for block in division.blocks:
             set_to(block, True)
             for entry in block.entries:
                 del model.get_submodule(entry).__dict__["forward"]

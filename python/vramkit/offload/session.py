@@ -41,7 +41,7 @@ class Lent:
         return types.MethodType(type(self.module).forward, copied)
 
     def __reduce__(self) -> Any:
-        return types.MethodType, (type(self.module).forward, self.module)
+        return getattr, (self.module, "forward")  # the class's: a module is read before its state
 
 
 class _Guest:
@@ -83,6 +83,13 @@ class OffloadSession:
         for index, block in enumerate(division.blocks):
             for entry in block.entries:
                 self._wrap(model.get_submodule(entry), index)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copy of the model is a resident one."""
+        return None
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
 
     def _start_engine(self) -> None:
         self.engine = self._make_engine()
