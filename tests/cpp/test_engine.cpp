@@ -1,6 +1,7 @@
 // The engine: every transition of a block, what arrives, limits, orders that change, errors at
 // every step, and waits that are broken off.
 #include <gtest/gtest.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -709,6 +710,26 @@ TEST_F(EngineFaults, ClosedOrDestroyedDuringTransfers) {
     }
     EXPECT_EQ(counted->counts().reserved, 0);
   }
+}
+
+TEST_F(EngineFaults, AForkedProcessIsToldAndEnds) {
+  auto engine = std::make_unique<Engine>(config(4, 2 * kBlock));
+  call(*engine, 0);
+  const pid_t child = ::fork();
+  if (child == 0) {
+    int code = 1;
+    try {
+      engine->acquire(0);
+    } catch (const Error& error) {
+      code = std::string(error.what()).find("forked") == std::string::npos ? 2 : 0;
+    }
+    engine.reset();  // neither joins threads that are not there nor waits for them
+    ::_exit(code);
+  }
+  int status = 0;
+  ASSERT_EQ(::waitpid(child, &status, 0), child);
+  EXPECT_EQ(status, 0);
+  pass(*engine);
 }
 
 }  // namespace

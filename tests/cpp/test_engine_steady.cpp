@@ -13,13 +13,14 @@ namespace {
 std::atomic<std::int64_t> allocations{0};
 }
 
-void* operator new(std::size_t bytes) {
+// Not inlined: the compiler would see malloc() where it expects operator new.
+[[gnu::noinline]] void* operator new(std::size_t bytes) {
   ++allocations;
   if (void* found = std::malloc(bytes == 0 ? 1 : bytes)) return found;
   throw std::bad_alloc();
 }
-void operator delete(void* gone) noexcept { std::free(gone); }
-void operator delete(void* gone, std::size_t) noexcept { std::free(gone); }
+[[gnu::noinline]] void operator delete(void* gone) noexcept { std::free(gone); }
+[[gnu::noinline]] void operator delete(void* gone, std::size_t) noexcept { std::free(gone); }
 
 namespace vramkit::testing {
 namespace {

@@ -146,11 +146,16 @@ std::int64_t Engine::slot_of(std::int64_t block) const { return at(block).slot; 
 
 void Engine::require_open() const {
   if (closed_) throw InvalidArgument("the engine is closed");
+}
+
+Engine::Lock Engine::locked() const {
+  // Before the mutex, which a thread may have held when the process was forked.
   if (current_process() != process_) {
     throw Error(
         "an offload engine works in the process that made it only, and this one was forked from "
         "it: make an engine here");
   }
+  return Lock(mutex_);
 }
 
 std::int64_t Engine::now() const { return steady_ns() - epoch_; }
@@ -334,7 +339,7 @@ void Engine::request(Block& block, Place& place, bool first) {
 // --- calls
 
 std::byte* Engine::acquire(std::int64_t id, StreamHandle stream, const Interrupt& interrupt) {
-  Lock lock(mutex_);
+  Lock lock = locked();
   require_open();
   Block& block = at(id);
   if (block.state == BlockState::in_use && block.stream != stream) {
@@ -441,7 +446,7 @@ void Engine::lease(Block& block, StreamHandle stream) {
 }
 
 void Engine::release(std::int64_t id, StreamHandle stream) {
-  const Lock lock(mutex_);
+  const Lock lock = locked();
   require_open();
   Block& block = at(id);
   if (block.state != BlockState::in_use) {
@@ -471,7 +476,7 @@ void Engine::release(std::int64_t id, StreamHandle stream) {
 }
 
 bool Engine::prefetch(std::int64_t id) {
-  const Lock lock(mutex_);
+  const Lock lock = locked();
   require_open();
   Block& block = at(id);
   if (block.state != BlockState::absent) return !block.dropped;
@@ -486,7 +491,7 @@ bool Engine::prefetch(std::int64_t id) {
 }
 
 void Engine::invalidate(std::int64_t id, const Interrupt& interrupt) {
-  Lock lock(mutex_);
+  Lock lock = locked();
   require_open();
   Block& block = at(id);
   if (block.state == BlockState::in_use) {
@@ -558,19 +563,19 @@ void Engine::look_ahead() {
 // --- limits
 
 std::int64_t Engine::minimum() const {
-  const Lock lock(mutex_);
+  const Lock lock = locked();
   return least();
 }
 
 void Engine::resize(std::int64_t limit) {
-  const Lock lock(mutex_);
+  const Lock lock = locked();
   require_open();
   set_limit(limit);
   debug_check();
 }
 
 std::int64_t Engine::give_up(std::int64_t bytes) {
-  const Lock lock(mutex_);
+  const Lock lock = locked();
   require_open();
   if (bytes < 0) throw InvalidArgument("0 bytes or more are given up");
   const std::int64_t before = cost(residents_now());
@@ -581,7 +586,7 @@ std::int64_t Engine::give_up(std::int64_t bytes) {
 
 void Engine::close() {
   {
-    Lock lock(mutex_);
+    Lock lock = locked();
     if (closed_) return;
     require_open();
     for (const Block& block : blocks_) {
@@ -600,7 +605,7 @@ void Engine::close() {
     }
   }
   stop_threads();
-  const Lock lock(mutex_);
+  const Lock lock = locked();
   for (Block& block : blocks_) {
     if (block.state != BlockState::absent) make_absent(block);
   }
@@ -611,7 +616,7 @@ void Engine::close() {
 }
 
 bool Engine::closed() const {
-  const Lock lock(mutex_);
+  const Lock lock = locked();
   return closed_;
 }
 
@@ -632,7 +637,7 @@ void Engine::record(TimelineRecord::Kind kind, const Block& block, std::int64_t 
 std::vector<TimelineRecord> Engine::timeline() const {
   std::vector<TimelineRecord> records;
   {
-    const Lock lock(mutex_);
+    const Lock lock = locked();
     records = timeline_;
   }
   std::stable_sort(records.begin(), records.end(),
@@ -641,7 +646,7 @@ std::vector<TimelineRecord> Engine::timeline() const {
 }
 
 EngineStats Engine::stats() const {
-  const Lock lock(mutex_);
+  const Lock lock = locked();
   EngineStats stats = stats_;
   stats.committed = limited_.committed();
   stats.staging = staging_bytes_;
@@ -658,7 +663,7 @@ EngineStats Engine::stats() const {
 }
 
 BlockStats Engine::block_stats(std::int64_t block) const {
-  const Lock lock(mutex_);
+  const Lock lock = locked();
   BlockStats stats = at(block).stats;
   stats.state = at(block).state;
   stats.resident = at(block).resident;
@@ -666,7 +671,7 @@ BlockStats Engine::block_stats(std::int64_t block) const {
 }
 
 void Engine::check() const {
-  const Lock lock(mutex_);
+  const Lock lock = locked();
   check_locked();
 }
 

@@ -248,6 +248,7 @@ class Engine {
   Block& at(std::int64_t block);
   const Block& at(std::int64_t block) const;
   std::int64_t id_of(const Block& block) const { return &block - blocks_.data(); }
+  Lock locked() const;
   void require_open() const;
   void fetch(Lock& lock, Block& block, const Interrupt& interrupt);
   void lease(Block& block, StreamHandle stream);
@@ -301,9 +302,15 @@ class Engine {
   std::unique_ptr<Arena> arena_;
   bool slots_committed_ = false;
 
-  mutable std::mutex mutex_;
-  std::condition_variable changed_;  // a block or a place has changed
-  std::condition_variable work_;     // the queue has work, or all is to end
+  // Apart, because a fork's copy is never destroyed: its threads, which wait for it, are not there.
+  struct Sync {
+    std::mutex mutex;
+    std::condition_variable changed, work;
+  };
+  std::unique_ptr<Sync> sync_ = std::make_unique<Sync>();
+  std::mutex& mutex_ = sync_->mutex;
+  std::condition_variable& changed_ = sync_->changed;  // a block or a place has changed
+  std::condition_variable& work_ = sync_->work;        // the queue has work, or all is to end
   std::vector<std::int64_t> queue_;
   std::vector<std::thread::id> waiting_;  // for a slot
   std::vector<std::int64_t> ahead_;       // scratch of schedule()

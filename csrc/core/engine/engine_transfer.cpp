@@ -25,6 +25,7 @@ void Engine::stop_threads() noexcept {
     for (auto& worker : workers_) {
       if (worker->thread.joinable()) worker->thread.detach();
     }
+    static_cast<void>(sync_.release());
     return;
   }
   {
