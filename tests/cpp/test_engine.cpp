@@ -15,7 +15,7 @@
 namespace vramkit::testing {
 namespace {
 
-using S = BlockState;
+using S = BlockStatus;
 class EngineStates : public EngineTest {};
 class EngineOrders : public EngineTest {};
 class EngineLimits : public EngineTest {};

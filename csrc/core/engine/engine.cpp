@@ -46,8 +46,9 @@ EngineConfig checked(EngineConfig config) {
   return config;
 }
 
-bool there(BlockState state) {
-  return state == BlockState::ready || state == BlockState::in_use || state == BlockState::released;
+bool there(BlockStatus state) {
+  return state == BlockStatus::ready || state == BlockStatus::in_use ||
+         state == BlockStatus::released;
 }
 
 // Counts for as long as it lives. Both ends are under the mutex.
@@ -65,19 +66,19 @@ class Counted {
 
 }  // namespace
 
-const char* to_string(BlockState state) {
+const char* to_string(BlockStatus state) {
   switch (state) {
-    case BlockState::absent:
+    case BlockStatus::absent:
       return "absent";
-    case BlockState::requested:
+    case BlockStatus::requested:
       return "requested";
-    case BlockState::copying:
+    case BlockStatus::copying:
       return "copying";
-    case BlockState::ready:
+    case BlockStatus::ready:
       return "ready";
-    case BlockState::in_use:
+    case BlockStatus::in_use:
       return "in_use";
-    case BlockState::released:
+    case BlockStatus::released:
       return "released";
   }
   return "unknown";
@@ -195,12 +196,12 @@ Engine::Rank Engine::rank(const Place& place) const {
   const Block& block = blocks_[static_cast<std::size_t>(place.block)];
   if (block.waiters > 0) return Rank::held;
   switch (block.state) {
-    case BlockState::released:
+    case BlockStatus::released:
       return Rank::idle;
-    case BlockState::requested:
-    case BlockState::ready:
+    case BlockStatus::requested:
+    case BlockStatus::ready:
       return Rank::prefetched;
-    case BlockState::copying:
+    case BlockStatus::copying:
       return Rank::copying;
     default:
       return Rank::held;
@@ -212,13 +213,13 @@ bool Engine::vacate(Place& place) {
   if (place.block < 0) return true;
   Block& block = blocks_[static_cast<std::size_t>(place.block)];
   if (rank(place) == Rank::held) return false;
-  if (block.state == BlockState::copying && block.at_work > 0) {
+  if (block.state == BlockStatus::copying && block.at_work > 0) {
     block.dropped = true;
     dequeue(block);
     return false;
   }
-  if (block.state == BlockState::ready) ++stats_.dropped;
-  if (block.state == BlockState::requested || block.state == BlockState::copying) {
+  if (block.state == BlockStatus::ready) ++stats_.dropped;
+  if (block.state == BlockStatus::requested || block.state == BlockStatus::copying) {
     ++stats_.cancelled;
   }
   make_absent(block);
@@ -226,11 +227,11 @@ bool Engine::vacate(Place& place) {
 }
 
 void Engine::make_absent(Block& block) {
-  assert(block.state != BlockState::in_use && block.at_work == 0);
+  assert(block.state != BlockStatus::in_use && block.at_work == 0);
   dequeue(block);
-  if (block.state == BlockState::copying) leave_copying();
+  if (block.state == BlockStatus::copying) leave_copying();
   Place& place = *block.place;
-  block.state = BlockState::absent;
+  block.state = BlockStatus::absent;
   block.place = nullptr;
   block.dropped = block.stale = block.failing = false;
   block.taken = block.arrived = 0;
@@ -316,19 +317,19 @@ void Engine::enqueue(const Block& block, bool first) {
 }
 
 void Engine::request(Block& block, Place& place, bool first) {
-  assert(block.state == BlockState::absent && place.block < 0);
+  assert(block.state == BlockStatus::absent && place.block < 0);
   place.block = id_of(block);
   --absent_;
   place.lanes_before = place.lanes;
   place.lanes = 0;
   block.place = &place;
-  block.state = BlockState::requested;
+  block.state = BlockStatus::requested;
   block.taken = block.arrived = 0;
   if (&place != &block.home && &place != &slots_[static_cast<std::size_t>(block.slot)]) {
     ++stats_.displaced;
   }
   if (block.pieces.empty()) {
-    block.state = BlockState::ready;
+    block.state = BlockStatus::ready;
     ++block.stats.loads, ++stats_.loads;
     notify();
     return;
@@ -342,7 +343,7 @@ std::byte* Engine::acquire(std::int64_t id, StreamHandle stream, const Interrupt
   Lock lock = locked();
   require_open();
   Block& block = at(id);
-  if (block.state == BlockState::in_use && block.stream != stream) {
+  if (block.state == BlockStatus::in_use && block.stream != stream) {
     throw InvalidArgument("block '" + printable(block.spec.name) +
                           "' is in use on another stream; one stream at a time may use a block");
   }
@@ -379,7 +380,7 @@ void Engine::fetch(Lock& lock, Block& block, const Interrupt& interrupt) {
   while (!there(block.state)) {
     if (closed_) throw InvalidArgument("the engine was closed during a wait");
     if (block.failures != failures) std::rethrow_exception(block.error);
-    if (block.state == BlockState::absent) {
+    if (block.state == BlockStatus::absent) {
       if (Place* place = place_for(block)) {
         request(block, *place, true);
         if (!std::exchange(scheduled, true)) schedule();
@@ -414,11 +415,11 @@ void Engine::fetch(Lock& lock, Block& block, const Interrupt& interrupt) {
 void Engine::refuse_endless_wait(const Block& block) const {
   std::string holders;
   for (const Block& other : blocks_) {
-    if (other.state == BlockState::requested || other.state == BlockState::copying ||
+    if (other.state == BlockStatus::requested || other.state == BlockStatus::copying ||
         (there(other.state) && other.waiters > 0)) {
       return;  // it is on its way, or about to be leased and released: that changes things
     }
-    if (other.state != BlockState::in_use) continue;
+    if (other.state != BlockStatus::in_use) continue;
     for (const std::thread::id& lessee : other.lessees) {
       if (std::find(waiting_.begin(), waiting_.end(), lessee) == waiting_.end()) return;
     }
@@ -438,8 +439,8 @@ void Engine::lease(Block& block, StreamHandle stream) {
     if ((place.lanes >> lane & 1) != 0) backend_->wait(*place.arrived[lane], stream);
   }
   block.lessees.push_back(std::this_thread::get_id());
-  if (block.state != BlockState::in_use) {
-    block.state = BlockState::in_use;
+  if (block.state != BlockStatus::in_use) {
+    block.state = BlockStatus::in_use;
     block.stream = stream;
     block.since_ns = now();
   }
@@ -449,7 +450,7 @@ void Engine::release(std::int64_t id, StreamHandle stream) {
   const Lock lock = locked();
   require_open();
   Block& block = at(id);
-  if (block.state != BlockState::in_use) {
+  if (block.state != BlockStatus::in_use) {
     throw InvalidArgument("block '" + printable(block.spec.name) + "' is not in use");
   }
   if (block.stream != stream) {
@@ -467,7 +468,7 @@ void Engine::release(std::int64_t id, StreamHandle stream) {
     notify();
     return;
   }
-  block.state = BlockState::released;
+  block.state = BlockStatus::released;
   record(TimelineRecord::use, block, -1, block.since_ns);
   settle(block);
   notify();
@@ -479,7 +480,7 @@ bool Engine::prefetch(std::int64_t id) {
   const Lock lock = locked();
   require_open();
   Block& block = at(id);
-  if (block.state != BlockState::absent) return !block.dropped;
+  if (block.state != BlockStatus::absent) return !block.dropped;
   Place* place = block.resident ? home_for(block) : nullptr;
   if (place == nullptr && block.slot >= 0 && slots_ready()) {
     place = &slots_[static_cast<std::size_t>(block.slot)];
@@ -494,15 +495,15 @@ void Engine::invalidate(std::int64_t id, const Interrupt& interrupt) {
   Lock lock = locked();
   require_open();
   Block& block = at(id);
-  if (block.state == BlockState::in_use) {
+  if (block.state == BlockStatus::in_use) {
     throw InvalidArgument("block '" + printable(block.spec.name) +
                           "' is in use; release it before its source changes");
   }
   std::int64_t mine = 0;
-  while (block.state != BlockState::absent) {
-    if (block.state == BlockState::in_use) break;  // loaded again, and called, since
+  while (block.state != BlockStatus::absent) {
+    if (block.state == BlockStatus::in_use) break;  // loaded again, and called, since
     if (block.at_work == 0) {
-      if (block.state == BlockState::ready) ++stats_.dropped;
+      if (block.state == BlockStatus::ready) ++stats_.dropped;
       make_absent(block);
       break;
     }
@@ -535,14 +536,14 @@ void Engine::look_ahead() {
     if (next < 0) return;
     ahead_.push_back(next);
     Block& block = blocks_[static_cast<std::size_t>(next)];
-    if (block.state == BlockState::absent && block.resident) {
+    if (block.state == BlockStatus::absent && block.resident) {
       if (Place* home = home_for(block)) {
         request(block, *home, false);
         ++wanted;
         continue;
       }
     }
-    if (block.state == BlockState::absent) {
+    if (block.state == BlockStatus::absent) {
       ++wanted;
       if (block.slot < 0 || !slots_ready()) continue;
       const auto slot = static_cast<std::size_t>(block.slot);
@@ -553,8 +554,8 @@ void Engine::look_ahead() {
     }
     if (block.place != &block.home) {
       claimed_[static_cast<std::size_t>(block.place - slots_.data())] = true;
-      if (block.state != BlockState::in_use) ++wanted;
-    } else if (block.state == BlockState::requested || block.state == BlockState::copying) {
+      if (block.state != BlockStatus::in_use) ++wanted;
+    } else if (block.state == BlockStatus::requested || block.state == BlockStatus::copying) {
       ++wanted;
     }
   }
@@ -590,7 +591,7 @@ void Engine::close() {
     if (closed_) return;
     require_open();
     for (const Block& block : blocks_) {
-      if (block.state == BlockState::in_use) {
+      if (block.state == BlockStatus::in_use) {
         throw InvalidArgument("block '" + printable(block.spec.name) +
                               "' is in use; release all blocks before closing the engine");
       }
@@ -607,7 +608,7 @@ void Engine::close() {
   stop_threads();
   const Lock lock = locked();
   for (Block& block : blocks_) {
-    if (block.state != BlockState::absent) make_absent(block);
+    if (block.state != BlockStatus::absent) make_absent(block);
   }
   if (slots_committed_) arena_->decommit(0, slots_bytes_);
   slots_committed_ = false;
@@ -690,8 +691,8 @@ void Engine::check_locked() const {
   };
   std::int64_t copying = 0, leaving = 0, absent = 0;
   for (const Block& block : blocks_) {
-    const BlockState state = block.state;
-    require((state == BlockState::absent) == (block.place == nullptr), block,
+    const BlockStatus state = block.state;
+    require((state == BlockStatus::absent) == (block.place == nullptr), block,
             "a block has a place unless it is absent");
     if (block.place != nullptr) {
       require(block.place->block == id_of(block), block, "its place has another block");
@@ -699,24 +700,24 @@ void Engine::check_locked() const {
     }
     require(block.home.block < 0 || block.place == &block.home, block,
             "a home has its own block or none");
-    require(block.lessees.empty() == (state != BlockState::in_use), block,
+    require(block.lessees.empty() == (state != BlockStatus::in_use), block,
             "leases make a block in use");
-    require(block.at_work == 0 || state == BlockState::copying, block,
+    require(block.at_work == 0 || state == BlockStatus::copying, block,
             "threads are at work on blocks that are copying only");
     require(block.taken >= block.arrived && block.taken <= block.pieces.size(), block,
             "pieces arrive after they were taken");
-    const bool moving = state == BlockState::requested || state == BlockState::copying;
+    const bool moving = state == BlockStatus::requested || state == BlockStatus::copying;
     require(queued(block) ==
                 (moving && !block.dropped && !block.failing && block.taken < block.pieces.size()),
             block, "the queue has what is to be copied");
-    require(state != BlockState::requested || block.taken == 0, block,
+    require(state != BlockStatus::requested || block.taken == 0, block,
             "no piece is taken of a block that is requested");
     require(!there(state) || block.arrived == block.pieces.size(), block,
             "all pieces have arrived of a block that is there");
-    require(state != BlockState::copying || !(block.dropped || block.failing) || block.at_work > 0,
+    require(state != BlockStatus::copying || !(block.dropped || block.failing) || block.at_work > 0,
             block, "a dropped block ends when its last thread does");
-    copying += state == BlockState::copying ? 1 : 0;
-    absent += state == BlockState::absent ? 1 : 0;
+    copying += state == BlockStatus::copying ? 1 : 0;
+    absent += state == BlockStatus::absent ? 1 : 0;
     if (block.place == &block.home && !block.resident) leaving += block.home.bytes;
   }
   for (const Place& slot : slots_) {

@@ -56,8 +56,8 @@
 
 namespace vramkit {
 
-enum class BlockState : std::uint8_t { absent, requested, copying, ready, in_use, released };
-const char* to_string(BlockState state);
+enum class BlockStatus : std::uint8_t { absent, requested, copying, ready, in_use, released };
+const char* to_string(BlockStatus state);
 
 enum class Residence {
   automatic,  // resident where there is room
@@ -91,7 +91,7 @@ struct EngineConfig {
 };
 
 struct BlockStats {
-  BlockState state = BlockState::absent;
+  BlockStatus state = BlockStatus::absent;
   bool resident = false;
   std::int64_t acquires = 0;
   std::int64_t hits = 0;     // acquires that found it there
@@ -171,7 +171,7 @@ class Engine {
 
   EngineStats stats() const;
   BlockStats block_stats(std::int64_t block) const;
-  BlockState state(std::int64_t block) const { return block_stats(block).state; }
+  BlockStatus state(std::int64_t block) const { return block_stats(block).state; }
   std::vector<TimelineRecord> timeline() const;  // the latest ones, by begin
   // Throws Error that names the first broken invariant.
   void check() const;
@@ -203,7 +203,7 @@ class Engine {
     Place home;
     Place* place = nullptr;
     std::int64_t slot = -1;
-    BlockState state = BlockState::absent;
+    BlockStatus state = BlockStatus::absent;
     bool resident = false;  // or to be
     bool dropped = false;   // while copying: it is to be absent
     bool stale = false;     // while copying: dropped, and what has arrived is out of date
