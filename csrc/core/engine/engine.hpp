@@ -58,6 +58,11 @@ namespace vramkit {
 
 enum class BlockStatus : std::uint8_t { absent, requested, copying, ready, in_use, released };
 const char* to_string(BlockStatus state);
+// All of its bytes have arrived and are still there.
+inline bool there(BlockStatus state) {
+  return state == BlockStatus::ready || state == BlockStatus::in_use ||
+         state == BlockStatus::released;
+}
 
 enum class Residence {
   automatic,  // resident where there is room
@@ -177,6 +182,7 @@ class Engine {
   void check() const;
 
  private:
+  static constexpr std::size_t kFarthest = 64;  // calls that are looked ahead
   struct Checked {};
   Engine(EngineConfig config, Checked);
 
@@ -243,7 +249,7 @@ class Engine {
   void set_limit(std::int64_t limit);
   void apply(const std::vector<bool>& resident);
 
-  // engine.cpp: calls and places.
+  // engine.cpp: calls; engine_places.cpp: places, the queue, what is next; engine_report.cpp.
   enum class Rank { idle, prefetched, copying, held };  // of a place, as others may take it
   Block& at(std::int64_t block);
   const Block& at(std::int64_t block) const;
