@@ -170,13 +170,13 @@ void bind_layouts(py::module_& m) {
 }
 
 void bind_stats(py::module_& m) {
-  py::enum_<BlockState>(m, "BlockState")
-      .value("absent", BlockState::absent)
-      .value("requested", BlockState::requested)
-      .value("copying", BlockState::copying)
-      .value("ready", BlockState::ready)
-      .value("in_use", BlockState::in_use)
-      .value("released", BlockState::released);
+  py::enum_<BlockStatus>(m, "BlockStatus")
+      .value("absent", BlockStatus::absent)
+      .value("requested", BlockStatus::requested)
+      .value("copying", BlockStatus::copying)
+      .value("ready", BlockStatus::ready)
+      .value("in_use", BlockStatus::in_use)
+      .value("released", BlockStatus::released);
   py::class_<BlockStats>(m, "BlockStats", "What the engine knows of one block.")
       .def_readonly("state", &BlockStats::state)
       .def_readonly("resident", &BlockStats::resident)
@@ -327,7 +327,9 @@ void bind_cache(py::module_& m) {
       .def(py::init([](std::int64_t low, std::int64_t high, std::int64_t patience) {
              if (low < 0 || high < low || patience < 1) {
                throw InvalidArgument(
-                   "a band of pressure has 0 <= low <= high and a patience of at least 1");
+                   "a band of pressure has 0 <= low <= high and a patience of at least 1, not " +
+                   std::to_string(low) + ", " + std::to_string(high) + " and " +
+                   std::to_string(patience));
              }
              return PressureGauge({low, high, patience});
            }),

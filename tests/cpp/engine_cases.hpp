@@ -141,7 +141,7 @@ class EngineTest : public CheckpointFolderTest {
   // One call of a block as a model makes it.
   void call(Engine& engine, std::int64_t block) const {
     const std::byte* at = engine.acquire(block);
-    EXPECT_EQ(engine.state(block), BlockState::in_use);
+    EXPECT_EQ(engine.state(block), BlockStatus::in_use);
     expect_content(engine, block, at);
     engine.release(block);
     engine.check();
@@ -153,8 +153,8 @@ class EngineTest : public CheckpointFolderTest {
   static void settle(const Engine& engine) {
     EXPECT_TRUE(soon([&] {
       for (std::int64_t block = 0; block < engine.blocks(); ++block) {
-        const BlockState state = engine.state(block);
-        if (state == BlockState::requested || state == BlockState::copying) return false;
+        const BlockStatus state = engine.state(block);
+        if (state == BlockStatus::requested || state == BlockStatus::copying) return false;
       }
       return true;
     }));

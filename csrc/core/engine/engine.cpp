@@ -1,4 +1,4 @@
-// Calls, places and states; see engine.hpp. Every public function takes the one mutex. It is not
+// Calls, states and limits; see engine.hpp. Every public function takes the one mutex. It is not
 // held while bytes are copied, nor while the caller's interrupt runs.
 #include "core/engine/engine.hpp"
 
@@ -16,9 +16,7 @@ namespace vramkit {
 namespace {
 
 constexpr std::chrono::milliseconds kSlice{50};  // between two questions to an interrupt
-constexpr std::size_t kFarthest = 64;            // calls that are looked ahead
 constexpr std::size_t kLeases = 8;               // of one block at once, without an allocation
-constexpr std::uint8_t kPoison = 0xFF;           // NaN in every floating type
 
 std::int64_t steady_ns() {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(
@@ -46,10 +44,6 @@ EngineConfig checked(EngineConfig config) {
   return config;
 }
 
-bool there(BlockState state) {
-  return state == BlockState::ready || state == BlockState::in_use || state == BlockState::released;
-}
-
 // Counts for as long as it lives. Both ends are under the mutex.
 class Counted {
  public:
@@ -65,19 +59,19 @@ class Counted {
 
 }  // namespace
 
-const char* to_string(BlockState state) {
+const char* to_string(BlockStatus state) {
   switch (state) {
-    case BlockState::absent:
+    case BlockStatus::absent:
       return "absent";
-    case BlockState::requested:
+    case BlockStatus::requested:
       return "requested";
-    case BlockState::copying:
+    case BlockStatus::copying:
       return "copying";
-    case BlockState::ready:
+    case BlockStatus::ready:
       return "ready";
-    case BlockState::in_use:
+    case BlockStatus::in_use:
       return "in_use";
-    case BlockState::released:
+    case BlockStatus::released:
       return "released";
   }
   return "unknown";
@@ -146,11 +140,16 @@ std::int64_t Engine::slot_of(std::int64_t block) const { return at(block).slot; 
 
 void Engine::require_open() const {
   if (closed_) throw InvalidArgument("the engine is closed");
+}
+
+Engine::Lock Engine::locked() const {
+  // Before the mutex, which a thread may have held when the process was forked.
   if (current_process() != process_) {
     throw Error(
         "an offload engine works in the process that made it only, and this one was forked from "
         "it: make an engine here");
   }
+  return Lock(mutex_);
 }
 
 std::int64_t Engine::now() const { return steady_ns() - epoch_; }
@@ -183,161 +182,11 @@ void Engine::wait(Lock& lock, const Interrupt& interrupt, Done done) {
   }
 }
 
-// --- places
-
-Engine::Rank Engine::rank(const Place& place) const {
-  if (place.block < 0) return Rank::idle;
-  const Block& block = blocks_[static_cast<std::size_t>(place.block)];
-  if (block.waiters > 0) return Rank::held;
-  switch (block.state) {
-    case BlockState::released:
-      return Rank::idle;
-    case BlockState::requested:
-    case BlockState::ready:
-      return Rank::prefetched;
-    case BlockState::copying:
-      return Rank::copying;
-    default:
-      return Rank::held;
-  }
-}
-
-// Makes a place free, at once (true) or as soon as threads have let go of it.
-bool Engine::vacate(Place& place) {
-  if (place.block < 0) return true;
-  Block& block = blocks_[static_cast<std::size_t>(place.block)];
-  if (rank(place) == Rank::held) return false;
-  if (block.state == BlockState::copying && block.at_work > 0) {
-    block.dropped = true;
-    dequeue(block);
-    return false;
-  }
-  if (block.state == BlockState::ready) ++stats_.dropped;
-  if (block.state == BlockState::requested || block.state == BlockState::copying) {
-    ++stats_.cancelled;
-  }
-  make_absent(block);
-  return true;
-}
-
-void Engine::make_absent(Block& block) {
-  assert(block.state != BlockState::in_use && block.at_work == 0);
-  dequeue(block);
-  if (block.state == BlockState::copying) leave_copying();
-  Place& place = *block.place;
-  block.state = BlockState::absent;
-  block.place = nullptr;
-  block.dropped = block.stale = block.failing = false;
-  block.taken = block.arrived = 0;
-  ++absent_;
-  place.block = -1;
-  if (options_.poison && place.bytes > 0) {
-    if (place.used) backend_->synchronize(*place.released);
-    backend_->fill(arena_->base() + place.offset, kPoison, place.bytes);
-  }
-  if (&place == &block.home) {
-    // The arithmetic may still be at it on the device.
-    if (place.used) backend_->synchronize(*place.released);
-    place.used = false;
-    arena_->decommit(place.offset, place.bytes);
-  }
-  notify();
-}
-
-// A resident that had to go goes as soon as nobody holds it.
-void Engine::settle(Block& block) {
-  if (block.place == &block.home && !block.resident) vacate(block.home);
-}
-
-bool Engine::slots_ready() {
-  if (slots_committed_) return true;
-  if (limited_.committed() + arena_->cost(0, slots_bytes_) > limited_.limit()) return false;
-  arena_->commit(0, slots_bytes_);
-  slots_committed_ = true;
-  return true;
-}
-
-// The block's home with memory behind it, or null where there is none to be had now.
-Engine::Place* Engine::home_for(Block& block) {
-  const std::int64_t cost = arena_->cost(block.home.offset, block.home.bytes);
-  if (limited_.committed() + cost > limited_.limit()) return nullptr;
-  try {
-    arena_->commit(block.home.offset, block.home.bytes);
-  } catch (const OutOfMemoryError&) {
-    if (block.spec.residence == Residence::resident) throw;
-    // The system has less than the limit says: what cannot stay is streamed.
-    block.resident = false;
-    ++stats_.given_up;
-    return nullptr;
-  }
-  return &block.home;
-}
-
-Engine::Place* Engine::place_for(Block& block) {
-  if (block.resident) {
-    if (Place* home = home_for(block)) return home;
-  }
-  if (block.slot < 0 || !slots_ready()) return nullptr;
-  Place& own = slots_[static_cast<std::size_t>(block.slot)];
-  if (rank(own) <= Rank::prefetched) {
-    vacate(own);
-    return &own;
-  }
-  for (const Rank most : {Rank::idle, Rank::prefetched}) {
-    for (Place& other : slots_) {
-      if (other.bytes < block.home.bytes || rank(other) > most) continue;
-      vacate(other);
-      return &other;
-    }
-  }
-  return vacate(own) ? &own : nullptr;
-}
-
-// --- the queue
-
-bool Engine::queued(const Block& block) const {
-  return std::find(queue_.begin(), queue_.end(), id_of(block)) != queue_.end();
-}
-
-void Engine::dequeue(const Block& block) {
-  const auto found = std::find(queue_.begin(), queue_.end(), id_of(block));
-  if (found != queue_.end()) queue_.erase(found);
-}
-
-void Engine::enqueue(const Block& block, bool first) {
-  dequeue(block);
-  queue_.insert(first ? queue_.begin() : queue_.end(), id_of(block));
-  work_.notify_all();
-}
-
-void Engine::request(Block& block, Place& place, bool first) {
-  assert(block.state == BlockState::absent && place.block < 0);
-  place.block = id_of(block);
-  --absent_;
-  place.lanes_before = place.lanes;
-  place.lanes = 0;
-  block.place = &place;
-  block.state = BlockState::requested;
-  block.taken = block.arrived = 0;
-  if (&place != &block.home && &place != &slots_[static_cast<std::size_t>(block.slot)]) {
-    ++stats_.displaced;
-  }
-  if (block.pieces.empty()) {
-    block.state = BlockState::ready;
-    ++block.stats.loads, ++stats_.loads;
-    notify();
-    return;
-  }
-  enqueue(block, first);
-}
-
-// --- calls
-
 std::byte* Engine::acquire(std::int64_t id, StreamHandle stream, const Interrupt& interrupt) {
-  Lock lock(mutex_);
+  Lock lock = locked();
   require_open();
   Block& block = at(id);
-  if (block.state == BlockState::in_use && block.stream != stream) {
+  if (block.state == BlockStatus::in_use && block.stream != stream) {
     throw InvalidArgument("block '" + printable(block.spec.name) +
                           "' is in use on another stream; one stream at a time may use a block");
   }
@@ -374,7 +223,7 @@ void Engine::fetch(Lock& lock, Block& block, const Interrupt& interrupt) {
   while (!there(block.state)) {
     if (closed_) throw InvalidArgument("the engine was closed during a wait");
     if (block.failures != failures) std::rethrow_exception(block.error);
-    if (block.state == BlockState::absent) {
+    if (block.state == BlockStatus::absent) {
       if (Place* place = place_for(block)) {
         request(block, *place, true);
         if (!std::exchange(scheduled, true)) schedule();
@@ -409,11 +258,11 @@ void Engine::fetch(Lock& lock, Block& block, const Interrupt& interrupt) {
 void Engine::refuse_endless_wait(const Block& block) const {
   std::string holders;
   for (const Block& other : blocks_) {
-    if (other.state == BlockState::requested || other.state == BlockState::copying ||
+    if (other.state == BlockStatus::requested || other.state == BlockStatus::copying ||
         (there(other.state) && other.waiters > 0)) {
       return;  // it is on its way, or about to be leased and released: that changes things
     }
-    if (other.state != BlockState::in_use) continue;
+    if (other.state != BlockStatus::in_use) continue;
     for (const std::thread::id& lessee : other.lessees) {
       if (std::find(waiting_.begin(), waiting_.end(), lessee) == waiting_.end()) return;
     }
@@ -433,18 +282,18 @@ void Engine::lease(Block& block, StreamHandle stream) {
     if ((place.lanes >> lane & 1) != 0) backend_->wait(*place.arrived[lane], stream);
   }
   block.lessees.push_back(std::this_thread::get_id());
-  if (block.state != BlockState::in_use) {
-    block.state = BlockState::in_use;
+  if (block.state != BlockStatus::in_use) {
+    block.state = BlockStatus::in_use;
     block.stream = stream;
     block.since_ns = now();
   }
 }
 
 void Engine::release(std::int64_t id, StreamHandle stream) {
-  const Lock lock(mutex_);
+  const Lock lock = locked();
   require_open();
   Block& block = at(id);
-  if (block.state != BlockState::in_use) {
+  if (block.state != BlockStatus::in_use) {
     throw InvalidArgument("block '" + printable(block.spec.name) + "' is not in use");
   }
   if (block.stream != stream) {
@@ -462,7 +311,7 @@ void Engine::release(std::int64_t id, StreamHandle stream) {
     notify();
     return;
   }
-  block.state = BlockState::released;
+  block.state = BlockStatus::released;
   record(TimelineRecord::use, block, -1, block.since_ns);
   settle(block);
   notify();
@@ -471,10 +320,10 @@ void Engine::release(std::int64_t id, StreamHandle stream) {
 }
 
 bool Engine::prefetch(std::int64_t id) {
-  const Lock lock(mutex_);
+  const Lock lock = locked();
   require_open();
   Block& block = at(id);
-  if (block.state != BlockState::absent) return !block.dropped;
+  if (block.state != BlockStatus::absent) return !block.dropped;
   Place* place = block.resident ? home_for(block) : nullptr;
   if (place == nullptr && block.slot >= 0 && slots_ready()) {
     place = &slots_[static_cast<std::size_t>(block.slot)];
@@ -486,18 +335,18 @@ bool Engine::prefetch(std::int64_t id) {
 }
 
 void Engine::invalidate(std::int64_t id, const Interrupt& interrupt) {
-  Lock lock(mutex_);
+  Lock lock = locked();
   require_open();
   Block& block = at(id);
-  if (block.state == BlockState::in_use) {
+  if (block.state == BlockStatus::in_use) {
     throw InvalidArgument("block '" + printable(block.spec.name) +
                           "' is in use; release it before its source changes");
   }
   std::int64_t mine = 0;
-  while (block.state != BlockState::absent) {
-    if (block.state == BlockState::in_use) break;  // loaded again, and called, since
+  while (block.state != BlockStatus::absent) {
+    if (block.state == BlockStatus::in_use) break;  // loaded again, and called, since
     if (block.at_work == 0) {
-      if (block.state == BlockState::ready) ++stats_.dropped;
+      if (block.state == BlockStatus::ready) ++stats_.dropped;
       make_absent(block);
       break;
     }
@@ -511,66 +360,20 @@ void Engine::invalidate(std::int64_t id, const Interrupt& interrupt) {
   debug_check();
 }
 
-// What is called next is loaded while there are places for it. Never fails: what is wrong comes to
-// light when the block itself is called.
-void Engine::schedule() {
-  if (stopping_ || absent_ == 0) return;
-  try {
-    look_ahead();
-  } catch (const Error&) {  // NOLINT(bugprone-empty-catch)
-  }
-}
-
-void Engine::look_ahead() {
-  ahead_.clear();
-  std::fill(claimed_.begin(), claimed_.end(), false);
-  std::int64_t wanted = 0;
-  while (wanted < options_.depth && ahead_.size() < kFarthest) {
-    const std::int64_t next = predictor_.next(ahead_);
-    if (next < 0) return;
-    ahead_.push_back(next);
-    Block& block = blocks_[static_cast<std::size_t>(next)];
-    if (block.state == BlockState::absent && block.resident) {
-      if (Place* home = home_for(block)) {
-        request(block, *home, false);
-        ++wanted;
-        continue;
-      }
-    }
-    if (block.state == BlockState::absent) {
-      ++wanted;
-      if (block.slot < 0 || !slots_ready()) continue;
-      const auto slot = static_cast<std::size_t>(block.slot);
-      if (claimed_[slot]) return;  // the one before it has to be through first
-      claimed_[slot] = true;
-      if (vacate(slots_[slot])) request(block, slots_[slot], false);
-      continue;
-    }
-    if (block.place != &block.home) {
-      claimed_[static_cast<std::size_t>(block.place - slots_.data())] = true;
-      if (block.state != BlockState::in_use) ++wanted;
-    } else if (block.state == BlockState::requested || block.state == BlockState::copying) {
-      ++wanted;
-    }
-  }
-}
-
-// --- limits
-
 std::int64_t Engine::minimum() const {
-  const Lock lock(mutex_);
+  const Lock lock = locked();
   return least();
 }
 
 void Engine::resize(std::int64_t limit) {
-  const Lock lock(mutex_);
+  const Lock lock = locked();
   require_open();
   set_limit(limit);
   debug_check();
 }
 
 std::int64_t Engine::give_up(std::int64_t bytes) {
-  const Lock lock(mutex_);
+  const Lock lock = locked();
   require_open();
   if (bytes < 0) throw InvalidArgument("0 bytes or more are given up");
   const std::int64_t before = cost(residents_now());
@@ -581,11 +384,11 @@ std::int64_t Engine::give_up(std::int64_t bytes) {
 
 void Engine::close() {
   {
-    Lock lock(mutex_);
+    Lock lock = locked();
     if (closed_) return;
     require_open();
     for (const Block& block : blocks_) {
-      if (block.state == BlockState::in_use) {
+      if (block.state == BlockStatus::in_use) {
         throw InvalidArgument("block '" + printable(block.spec.name) +
                               "' is in use; release all blocks before closing the engine");
       }
@@ -600,9 +403,9 @@ void Engine::close() {
     }
   }
   stop_threads();
-  const Lock lock(mutex_);
+  const Lock lock = locked();
   for (Block& block : blocks_) {
-    if (block.state != BlockState::absent) make_absent(block);
+    if (block.state != BlockStatus::absent) make_absent(block);
   }
   if (slots_committed_) arena_->decommit(0, slots_bytes_);
   slots_committed_ = false;
@@ -611,121 +414,8 @@ void Engine::close() {
 }
 
 bool Engine::closed() const {
-  const Lock lock(mutex_);
+  const Lock lock = locked();
   return closed_;
-}
-
-// --- reports
-
-void Engine::record(TimelineRecord::Kind kind, const Block& block, std::int64_t thread,
-                    std::int64_t begin) {
-  if (options_.timeline == 0) return;
-  const TimelineRecord entry{kind, id_of(block), thread, begin, now()};
-  if (timeline_.size() < static_cast<std::size_t>(options_.timeline)) {
-    timeline_.push_back(entry);
-  } else {
-    timeline_[timeline_next_] = entry;
-  }
-  timeline_next_ = (timeline_next_ + 1) % static_cast<std::size_t>(options_.timeline);
-}
-
-std::vector<TimelineRecord> Engine::timeline() const {
-  std::vector<TimelineRecord> records;
-  {
-    const Lock lock(mutex_);
-    records = timeline_;
-  }
-  std::stable_sort(records.begin(), records.end(),
-                   [](const auto& a, const auto& b) { return a.begin_ns < b.begin_ns; });
-  return records;
-}
-
-EngineStats Engine::stats() const {
-  const Lock lock(mutex_);
-  EngineStats stats = stats_;
-  stats.committed = limited_.committed();
-  stats.staging = staging_bytes_;
-  stats.slots = static_cast<std::int64_t>(slots_.size());
-  stats.slot_bytes = slots_bytes_;
-  for (const Block& block : blocks_) {
-    if (!block.resident) continue;
-    ++stats.residents;
-    stats.resident_bytes += block.spec.bytes;
-  }
-  if (copying_ > 0) stats.active_ns += now() - active_since_;
-  stats.commits = counted_.counts().commits;
-  return stats;
-}
-
-BlockStats Engine::block_stats(std::int64_t block) const {
-  const Lock lock(mutex_);
-  BlockStats stats = at(block).stats;
-  stats.state = at(block).state;
-  stats.resident = at(block).resident;
-  return stats;
-}
-
-void Engine::check() const {
-  const Lock lock(mutex_);
-  check_locked();
-}
-
-void Engine::debug_check() const {
-#ifndef NDEBUG
-  check_locked();
-#endif
-}
-
-void Engine::check_locked() const {
-  auto require = [](bool holds, const Block& block, const char* what) {
-    if (!holds) {
-      throw Error("engine: block '" + printable(block.spec.name) + "', " + to_string(block.state) +
-                  ": " + what);
-    }
-  };
-  std::int64_t copying = 0, leaving = 0, absent = 0;
-  for (const Block& block : blocks_) {
-    const BlockState state = block.state;
-    require((state == BlockState::absent) == (block.place == nullptr), block,
-            "a block has a place unless it is absent");
-    if (block.place != nullptr) {
-      require(block.place->block == id_of(block), block, "its place has another block");
-      require(block.place->bytes >= block.spec.bytes, block, "its place is too small");
-    }
-    require(block.home.block < 0 || block.place == &block.home, block,
-            "a home has its own block or none");
-    require(block.lessees.empty() == (state != BlockState::in_use), block,
-            "leases make a block in use");
-    require(block.at_work == 0 || state == BlockState::copying, block,
-            "threads are at work on blocks that are copying only");
-    require(block.taken >= block.arrived && block.taken <= block.pieces.size(), block,
-            "pieces arrive after they were taken");
-    const bool moving = state == BlockState::requested || state == BlockState::copying;
-    require(queued(block) ==
-                (moving && !block.dropped && !block.failing && block.taken < block.pieces.size()),
-            block, "the queue has what is to be copied");
-    require(state != BlockState::requested || block.taken == 0, block,
-            "no piece is taken of a block that is requested");
-    require(!there(state) || block.arrived == block.pieces.size(), block,
-            "all pieces have arrived of a block that is there");
-    require(state != BlockState::copying || !(block.dropped || block.failing) || block.at_work > 0,
-            block, "a dropped block ends when its last thread does");
-    copying += state == BlockState::copying ? 1 : 0;
-    absent += state == BlockState::absent ? 1 : 0;
-    if (block.place == &block.home && !block.resident) leaving += block.home.bytes;
-  }
-  for (const Place& slot : slots_) {
-    if (slot.block >= 0 && at(slot.block).place != &slot) {
-      require(false, at(slot.block), "is in a slot that it does not know of");
-    }
-  }
-  if (copying != copying_ || absent != absent_) {
-    throw Error("engine: blocks that are absent or copying are miscounted");
-  }
-  if (leaving == 0 && limited_.committed() > stats_.limit) {
-    throw Error("engine: " + std::to_string(limited_.committed()) +
-                " bytes are in use, more than the limit of " + std::to_string(stats_.limit));
-  }
 }
 
 }  // namespace vramkit

@@ -56,8 +56,13 @@
 
 namespace vramkit {
 
-enum class BlockState : std::uint8_t { absent, requested, copying, ready, in_use, released };
-const char* to_string(BlockState state);
+enum class BlockStatus : std::uint8_t { absent, requested, copying, ready, in_use, released };
+const char* to_string(BlockStatus state);
+// All of its bytes have arrived and are still there.
+inline bool there(BlockStatus state) {
+  return state == BlockStatus::ready || state == BlockStatus::in_use ||
+         state == BlockStatus::released;
+}
 
 enum class Residence {
   automatic,  // resident where there is room
@@ -91,7 +96,7 @@ struct EngineConfig {
 };
 
 struct BlockStats {
-  BlockState state = BlockState::absent;
+  BlockStatus state = BlockStatus::absent;
   bool resident = false;
   std::int64_t acquires = 0;
   std::int64_t hits = 0;     // acquires that found it there
@@ -171,12 +176,13 @@ class Engine {
 
   EngineStats stats() const;
   BlockStats block_stats(std::int64_t block) const;
-  BlockState state(std::int64_t block) const { return block_stats(block).state; }
+  BlockStatus state(std::int64_t block) const { return block_stats(block).state; }
   std::vector<TimelineRecord> timeline() const;  // the latest ones, by begin
   // Throws Error that names the first broken invariant.
   void check() const;
 
  private:
+  static constexpr std::size_t kFarthest = 64;  // calls that are looked ahead
   struct Checked {};
   Engine(EngineConfig config, Checked);
 
@@ -203,7 +209,7 @@ class Engine {
     Place home;
     Place* place = nullptr;
     std::int64_t slot = -1;
-    BlockState state = BlockState::absent;
+    BlockStatus state = BlockStatus::absent;
     bool resident = false;  // or to be
     bool dropped = false;   // while copying: it is to be absent
     bool stale = false;     // while copying: dropped, and what has arrived is out of date
@@ -243,11 +249,12 @@ class Engine {
   void set_limit(std::int64_t limit);
   void apply(const std::vector<bool>& resident);
 
-  // engine.cpp: calls and places.
+  // engine.cpp: calls; engine_places.cpp: places, the queue, what is next; engine_report.cpp.
   enum class Rank { idle, prefetched, copying, held };  // of a place, as others may take it
   Block& at(std::int64_t block);
   const Block& at(std::int64_t block) const;
   std::int64_t id_of(const Block& block) const { return &block - blocks_.data(); }
+  Lock locked() const;
   void require_open() const;
   void fetch(Lock& lock, Block& block, const Interrupt& interrupt);
   void lease(Block& block, StreamHandle stream);
@@ -301,9 +308,15 @@ class Engine {
   std::unique_ptr<Arena> arena_;
   bool slots_committed_ = false;
 
-  mutable std::mutex mutex_;
-  std::condition_variable changed_;  // a block or a place has changed
-  std::condition_variable work_;     // the queue has work, or all is to end
+  // Apart, because a fork's copy is never destroyed: its threads, which wait for it, are not there.
+  struct Sync {
+    std::mutex mutex;
+    std::condition_variable changed, work;
+  };
+  std::unique_ptr<Sync> sync_ = std::make_unique<Sync>();
+  std::mutex& mutex_ = sync_->mutex;
+  std::condition_variable& changed_ = sync_->changed;  // a block or a place has changed
+  std::condition_variable& work_ = sync_->work;        // the queue has work, or all is to end
   std::vector<std::int64_t> queue_;
   std::vector<std::thread::id> waiting_;  // for a slot
   std::vector<std::int64_t> ahead_;       // scratch of schedule()

@@ -201,7 +201,7 @@ std::vector<bool> Engine::residents_for(std::int64_t limit) const {
     }
   }
   if (all_may) {
-    const std::vector<bool> all(blocks_.size(), true);
+    std::vector<bool> all(blocks_.size(), true);
     if (cost(all) <= limit) return all;
   }
   const std::int64_t must = cost(resident);

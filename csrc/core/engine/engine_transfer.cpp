@@ -25,6 +25,7 @@ void Engine::stop_threads() noexcept {
     for (auto& worker : workers_) {
       if (worker->thread.joinable()) worker->thread.detach();
     }
+    static_cast<void>(sync_.release());
     return;
   }
   {
@@ -43,8 +44,8 @@ void Engine::work(Worker& worker) {
     work_.wait(lock, [&] { return stopping_ || !queue_.empty(); });
     if (stopping_) return;
     Block& block = blocks_[static_cast<std::size_t>(queue_.front())];
-    if (block.state == BlockState::requested) {
-      block.state = BlockState::copying;
+    if (block.state == BlockStatus::requested) {
+      block.state = BlockStatus::copying;
       if (copying_++ == 0) active_since_ = now();
     }
     const Piece& piece = block.pieces[block.taken++];
@@ -99,7 +100,7 @@ void Engine::finish(Block& block) {
     schedule();
   } else if (block.arrived == block.pieces.size()) {
     leave_copying();
-    block.state = BlockState::ready;
+    block.state = BlockStatus::ready;
     ++block.stats.loads, ++stats_.loads;
     notify();
     settle(block);
