@@ -68,6 +68,7 @@ def interval_of(
     if generated:
         low, high = low * GENERATION[0], high * GENERATION[1]
         words.append(f"a generation loop, as far off as in {SOURCE}")
+        results = 0  # of our loop; generate() is not bound to the same
     least = max(int(predicted / high), min(results, predicted))
     most = math.ceil(predicted / low)
     return (least, max(predicted, most)), "; ".join(words)
