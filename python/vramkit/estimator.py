@@ -166,10 +166,10 @@ class MemoryEstimate:
     def _repr_html_(self) -> str:
         return html_of(self)
 
-    def plot(self, limit: int | str | None = None) -> Any:
+    def plot(self, limit: float | str | None = None) -> Any:
         """A matplotlib figure of what is alive over loading and the call, with the peak marked.
 
-        `limit`, bytes or text such as "6 GB", is drawn as a line.
+        `limit`, GiB as a number or text such as "6 GB", is drawn as a line.
         """
         from .report.timeline import estimate_figure
 
@@ -189,7 +189,7 @@ def estimate(
     shapes: Mapping[str, Any] | None = None,
     calibrated: bool = True,
     plan: Plan | None = None,
-    context: int | str | None = None,
+    context: int | float | str | None = None,
 ) -> MemoryEstimate:
     """Predict the memory that `model` will take, without running it or reading its weights.
 
@@ -214,8 +214,8 @@ def estimate(
             the prediction's place.
         plan: A plan of this model, in place of `precision`: its formats, and what of the weights
             lies on the device, in slots and on the host.
-        context: What a CUDA process takes beside torch's allocator, bytes or text such as "400 MB";
-            None: an allowance of 512 MiB, which is said to be one.
+        context: What a CUDA process takes beside torch's allocator: GiB as a number, or text such
+            as "400 MB"; None: an allowance of 512 MiB, which is said to be one.
 
     The model, if one is given, is left as it is. Raises ValueError where the model's control flow
     depends on values that fake tensors do not have, where a custom operator has no fake
@@ -250,7 +250,7 @@ def estimate(
     found.load_trace = load_trace(stored, skeleton)
     found.placement = Placement.of(plan) if plan is not None else None
     if context is not None:
-        found.context_bytes, found.context_assumed = _context(context), False
+        found.context_bytes, found.context_assumed = parse_size(context), False
     if inputs is None and shapes is None:
         return found
     from .probing import Store
@@ -278,13 +278,6 @@ def estimate(
     assert largest is not None
     largest.shapes = found.shapes
     return largest
-
-
-def _context(size: int | str) -> int:
-    nbytes = parse_size(size) if isinstance(size, str) else size
-    if isinstance(nbytes, bool) or not nbytes >= 0:
-        raise ValueError(f"context is a number of bytes from 0 on, or such as '400 MB': {size!r}")
-    return int(nbytes)
 
 
 def _label(precision: Precision) -> str:

@@ -106,10 +106,10 @@ class PipelineEstimate:
     def _repr_html_(self) -> str:
         return pipeline_html(self)
 
-    def plot(self, limit: int | str | None = None) -> Any:
+    def plot(self, limit: float | str | None = None) -> Any:
         """A matplotlib figure of what is alive over the phases, with the peak marked.
 
-        `limit`, bytes or text such as "6 GB", is drawn as a line.
+        `limit`, GiB as a number or text such as "6 GB", is drawn as a line.
         """
         from .report.timeline import pipeline_figure
 

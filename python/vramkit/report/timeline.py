@@ -294,7 +294,7 @@ def _tail(path: str, room: int = 38) -> str:
     return ".".join(parts) if len(parts) == path.count(".") + 1 else f"…{'.'.join(parts)}"
 
 
-def estimate_figure(found: MemoryEstimate, limit: int | str | None = None) -> Figure:
+def estimate_figure(found: MemoryEstimate, limit: float | str | None = None) -> Figure:
     """Loading and one call (or a generation loop): weights, cache, activations, workspaces."""
     parts: list[tuple[Part, float, float]] = []
     share = LOAD_SHARE if found.trace is not None else 1.0
@@ -321,7 +321,7 @@ def estimate_figure(found: MemoryEstimate, limit: int | str | None = None) -> Fi
     return figure
 
 
-def pipeline_figure(found: PipelineEstimate, limit: int | str | None = None) -> Figure:
+def pipeline_figure(found: PipelineEstimate, limit: float | str | None = None) -> Figure:
     """All phases in turn, on top of the weights that are there in each."""
     title = f"{len(found.phases)} phases, peak {format_size(found.peak_bytes)}"
     if found.trace is None or not len(found.trace):
@@ -332,8 +332,8 @@ def pipeline_figure(found: PipelineEstimate, limit: int | str | None = None) -> 
     return _drawn([(run, 0.0, 1.0)], title, _limit(limit))
 
 
-def _limit(limit: int | str | None) -> int | None:
-    return parse_size(limit) if isinstance(limit, str) else limit
+def _limit(limit: float | str | None) -> int | None:
+    return None if limit is None else parse_size(limit)
 
 
 def _empty(title: str) -> Figure:
