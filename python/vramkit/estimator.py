@@ -11,13 +11,14 @@ import copy
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .accounts import CONTEXT_BYTES, Account, Placement, account_of
-from .breaks import checked_shape
+from .breaks import checked_shape, checked_sum, known_dtype
 from .convert import Precision, convert, storage_format
 from .estimate_report import data_of, html_of, text_of
 from .layers import QuantizedLayer
@@ -360,6 +361,7 @@ def _trace(
         return loop(recorder) if loop is not None else skeleton(*args, **kwargs)
 
     learned = dry.learned(play, probe=probe, store=store)
+    checked_sum(found.weights_bytes + found.inputs_bytes + learned.peak_bytes)
     found.activations_bytes = found.predicted_bytes = learned.peak_bytes
     found.timeline = learned.trace.timeline()
     found.trace = learned.trace
@@ -368,11 +370,7 @@ def _trace(
     found.generation = loop.found if loop is not None else None
     found.notes += learned.explain(probe)
     found.activations_interval_bytes, found.interval_from = interval_of(
-        learned.peak_bytes,
-        learned.trace.returned_peak(),
-        learned.unprobed,
-        target.kind,
-        loop is not None,
+        learned.peak_bytes, learned.unprobed, target.kind, loop is not None
     )
 
 
@@ -430,24 +428,42 @@ def model_dtype(model: nn.Module) -> torch.dtype:
 
 
 def _is_shape(value: Any) -> bool:
-    return isinstance(value, (tuple, list)) and all(type(v) is int for v in value) and bool(value)
+    if not isinstance(value, (tuple, list)) or not value:
+        return False
+    return all(isinstance(v, Integral) and not isinstance(v, bool) for v in value)
+
+
+def _is_typed(value: Any) -> bool:
+    """Whether a value is (dtype, shape), perhaps with sizes that are no numbers."""
+    if not (isinstance(value, tuple) and len(value) == 2):
+        return False
+    return isinstance(value[0], (str, torch.dtype)) and isinstance(value[1], (tuple, list))
+
+
+def _is_open(value: Any) -> bool:
+    """Whether a value is a shape with sizes that are no numbers: None, names, fractions."""
+    if not isinstance(value, (tuple, list)) or _is_shape(value):
+        return False
+    return any(isinstance(v, Integral) for v in value) and all(
+        v is None or isinstance(v, (Integral, str, float)) for v in value
+    )
 
 
 def _from_shape(value: Any, name: str, dtype: torch.dtype) -> Any:
-    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], (str, torch.dtype)):
-        chosen = getattr(torch, value[0]) if isinstance(value[0], str) else value[0]
-        return torch.empty(checked_shape(value[1], chosen, name), dtype=chosen, device="meta")
-    if _is_shape(value):
-        kind = torch.int64 if name in _INTEGER_INPUTS else dtype
-        return torch.empty(checked_shape(value, kind, name), dtype=kind, device="meta")
-    return value
+    if _is_typed(value):
+        kind, shape = known_dtype(value[0], name), value[1]
+    elif _is_shape(value) or _is_open(value):
+        kind, shape = torch.int64 if name in _INTEGER_INPUTS else dtype, value
+    else:
+        return value
+    return torch.empty(checked_shape(shape, kind, name), dtype=kind, device="meta")
 
 
 def call_arguments(inputs: Any, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """(args, kwargs) of one call; shapes become tensors without memory."""
     if isinstance(inputs, Mapping):
         return (), {k: _from_shape(v, k, dtype) for k, v in inputs.items()}
-    if isinstance(inputs, Tensor) or _is_shape(inputs):
+    if isinstance(inputs, Tensor) or _is_shape(inputs) or _is_typed(inputs) or _is_open(inputs):
         inputs = (inputs,)
     if isinstance(inputs, Sequence) and not isinstance(inputs, (str, bytes)):
         return tuple(_from_shape(v, "", dtype) for v in inputs), {}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from .breaks import checked_sum
 from .convert import Precision, convert
 from .estimate_report import pipeline_html, pipeline_text
 from .estimator import call_arguments, meta_copy, model_dtype, weight_bytes
@@ -174,8 +175,8 @@ def estimate_pipeline(
     notes = learned.explain(probe)
     if resident == "one":
         notes.append("moving components in and out, while both are there in part, is not counted")
-    peak, returned = learned.trace.peak(), learned.trace.returned_peak()
-    interval, source = interval_of(peak, returned, learned.unprobed, aim.kind, False)
+    checked_sum(sum(weights.values()) + learned.peak_bytes)
+    interval, source = interval_of(learned.peak_bytes, learned.unprobed, aim.kind, False)
     return PipelineEstimate(weights, found, notes, learned.trace, interval, source)
 
 

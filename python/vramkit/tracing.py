@@ -92,21 +92,6 @@ class Trace:
                 peaks[names[tag]] = now
         return peaks
 
-    def returned_peak(self) -> int:
-        """The most bytes alive at once of what operators return, without what is inside them."""
-        sizes: dict[int, int] = {}
-        now = peak = 0
-        for block, size, _, _ in self:
-            if block > self.outer:
-                continue
-            if size == RELEASE:
-                now -= sizes.pop(block)
-            else:
-                sizes[block] = size
-                now += size
-                peak = max(peak, now)
-        return peak
-
     def phases(self) -> list[str]:
         """Names of the phases, in order."""
         return list(dict.fromkeys(tag.phase for tag in self.tags))
