@@ -261,9 +261,9 @@ def estimate(
     cases = {"": inputs} if shapes is None else dict(shapes)
     for name, given in cases.items():
         made = replace(found, notes=[], shapes={})
-        copied = meta_copy(skeleton)
-        _trace(copied, given, made, aim, store, probe, output_kept, generate)
         masks = _masks_of_ones(given, model_dtype(skeleton))
+        copied = meta_copy(skeleton) if masks or len(cases) > 1 else skeleton
+        _trace(copied, given, made, aim, store, probe, output_kept, generate)
         if masks and made.activations_interval_bytes is not None:
             shown = replace(found, notes=[], shapes={})
             copied = meta_copy(skeleton)

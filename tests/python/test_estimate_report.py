@@ -352,7 +352,7 @@ def test_the_picture_stacks_up_to_the_peak() -> None:
     (axes,) = found.plot().axes
     areas = {area.get_label(): area for area in axes.collections if area.get_label()[0] != "_"}
     assert set(areas) >= {"weights", "cache", "activations"}
-    tops = [area.get_paths()[0].vertices[:, 1].max() for area in axes.collections]
+    tops = [path.vertices[:, 1].max() for area in axes.collections for path in area.get_paths()]
     assert max(tops) == found.peak_bytes
     marked = [line.get_ydata()[0] for line in axes.lines if len(line.get_xdata()) == 1]
     assert marked == [found.load_peak_bytes, found.peak_bytes]
@@ -407,6 +407,22 @@ def test_thinned_stacks_keep_every_runs_highest(points: int) -> None:
     expected = [max(live[i : i + step]) for i in range(0, len(rows), step)]
     assert [sum(stack.values()) for stack in stacks] == expected
     assert live[place] == max(live)
+
+
+def test_outlines_enclose_the_bars() -> None:
+    """By the area of the polygons (the shoelace formula), run by run."""
+    from vramkit.report.timeline import _areas
+
+    below, above = [1, 1, 2, 2, 5, 5, 0], [4, 4, 4, 2, 5, 9, 3]
+    outlines = _areas(0.5, 0.25, below, above)
+    found = []
+    for outline in outlines:
+        x, y = np.array(outline).T
+        found.append(abs(x @ np.roll(y, 1) - y @ np.roll(x, 1)) / 2)
+    assert found == [0.25 * (3 + 3 + 2), 0.25 * (4 + 3)]
+    assert [min(x for x, _ in o) for o in outlines] == [0.5, 0.5 + 5 * 0.25]
+    assert len(outlines[0]) == 6
+    assert _areas(0.0, 1.0, [1, 2], [1, 2]) == []
 
 
 def test_bands_follow_modules() -> None:

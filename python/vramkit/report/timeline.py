@@ -243,16 +243,38 @@ def _drawn(parts: Sequence[tuple[Part, float, float]], title: str, limit: int | 
 
 
 def _stack(axes: Axes, part: Part, left: float, width: float) -> None:
-    count = len(part.stacks)
-    xs = [left + width * i / count for i in range(count + 1)]
-    below = [0] * len(xs)
+    from matplotlib.collections import PolyCollection
+
+    step = width / max(1, len(part.stacks))
+    below = [0] * len(part.stacks)
     for kind, colour in KINDS.items():
-        sizes = [stack[kind] for stack in part.stacks]
-        if not any(sizes):
-            continue
-        above = [b + n for b, n in zip(below, [*sizes, sizes[-1]], strict=True)]
-        axes.fill_between(xs, below, above, step="post", color=colour, linewidth=0, label=kind)
+        above = [b + stack[kind] for b, stack in zip(below, part.stacks, strict=True)]
+        areas = _areas(left, step, below, above)
+        if areas:
+            drawn = PolyCollection(areas, facecolors=colour, linewidths=0, label=kind)
+            axes.add_collection(drawn)
         below = above
+
+
+def _areas(
+    left: float, step: float, below: Sequence[int], above: Sequence[int]
+) -> list[list[tuple[float, float]]]:
+    """Outlines of the runs of bars that have a height, with no point where nothing changes."""
+    outlines: list[list[tuple[float, float]]] = []
+    top: list[tuple[float, float]] = []
+    bottom: list[tuple[float, float]] = []
+    for i in range(len(above) + 1):
+        high = i < len(above) and above[i] > below[i]
+        x = left + i * step
+        for edge, levels in ((top, above), (bottom, below)):
+            if edge and not (high and levels[i] == levels[i - 1]):
+                edge.append((x, levels[i - 1]))  # the last level's end
+            if high and (not edge or levels[i] != levels[i - 1]):
+                edge.append((x, levels[i]))
+        if not high and top:
+            outlines.append(top + bottom[::-1])
+            top, bottom = [], []
+    return outlines
 
 
 def _limit_line(axes: Axes, limit: int, top: int) -> None:
