@@ -68,6 +68,8 @@ def test_the_bounds_are_the_measured_ones() -> None:
     for case in results["cases"]:
         ratio = case["probed_bytes"] / case["measured_bytes"]
         ratios[case["kind"] == "generation"].append(ratio)
+        low, high = case["ruled_interval_bytes"]
+        assert low <= case["measured_bytes"] <= high, case["name"]
     assert len(ratios[False]) == 54
     assert set(ratios[False]) == {1.0}
     assert min(ratios[True]) >= 1.0
