@@ -71,6 +71,21 @@ def other(draw: random.Random) -> Layer:
     return f"{kind} {width} {heads} heads {shape}", model, shape
 
 
+def half(draw: random.Random) -> Layer:
+    """Products and causal attention in bfloat16, whose operands oneDNN packs."""
+    width, rows = 8 * _log(draw, 2, 192), _log(draw, 1, 1024)
+    heads = draw.choice([h for h in (1, 2, 4, 8) if width % h == 0])
+    kind = draw.choice(("linear", "linear", "plain attention", "causal"))
+    if kind == "linear":
+        out = 8 * _log(draw, 2, 384)
+        model: nn.Module = nn.Sequential(nn.Linear(width, out, bias=draw.random() < 0.5), nn.SiLU())
+    else:
+        rows = min(rows, 256)
+        model = _Causal(heads) if kind == "causal" else _Plain(heads)
+    shape = (_log(draw, 1, 8), rows, width)
+    return f"{kind} {width} {heads} heads bf16 {shape}", _Half(model), shape
+
+
 def resizing(draw: random.Random) -> Layer:
     """An upsampling of images, nearest or bilinear."""
     mode, side = draw.choice(("nearest", "bilinear")), _log(draw, 4, 96)
@@ -88,6 +103,26 @@ class _Causal(nn.Module):
         return nn.functional.scaled_dot_product_attention(split, split, split, is_causal=True)
 
 
+class _Plain(_Causal):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        split = x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)
+        return (split @ split.transpose(2, 3)).softmax(-1) @ split
+
+
+class _Half(nn.Module):
+    """A module in bfloat16; with a parameter, so that its dtype is known."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.known = nn.Parameter(torch.zeros(1))
+        self.inner = inner
+        self.to(torch.bfloat16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = self.inner(x)
+        return made
+
+
 class _Turned(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.transpose(1, 2)
@@ -98,6 +133,7 @@ KINDS: dict[str, Callable[[random.Random], Layer]] = {
     "convolution": convolution,
     "resizing": resizing,
     "other": other,
+    "half": half,
 }
 
 

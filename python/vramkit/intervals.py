@@ -15,9 +15,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 # The least of rule / probe by kind of operator, rounded down to 0.1 %: single layers, of which the
-# rules miss this much at worst; of "other", the least of the zoo's models without convolutions or
-# recurrent layers, which is less. Tests hold them to the results.
-LEAST = {"convolution": 0.085, "recurrent": 0.511, "resizing": 0.444, "other": 0.993}
+# rules miss this much at worst. For "other" and for "half" (float16 and bfloat16) no layer missed
+# anything; one of the zoo's models in bfloat16 misses 0.7 % as a whole, hence these. Tests hold
+# them to the results.
+LEAST = {
+    "convolution": 0.085,
+    "recurrent": 0.511,
+    "resizing": 0.444,
+    "other": 0.99,
+    "half": 0.98,
+}
+# Fused layers whose workspaces in half precision the rules miss by a factor of ten and more.
+NO_RULE_IN_HALF = frozenset({
+    "aten::_transformer_encoder_layer_fwd",
+    "aten::_native_multi_head_attention",
+})  # fmt: skip
 # The most of predicted / measured of generation loops, rounded up: `generate` is not our loop.
 GENERATION = 1.002
 _WORDS = {
@@ -25,6 +37,7 @@ _WORDS = {
     "recurrent": "recurrent layers",
     "resizing": "resizing",
     "other": "products and other operators",
+    "half": "products and other operators in half precision",
 }
 
 
@@ -45,8 +58,8 @@ class Unprobed:
     most_bytes: int = 0
 
 
-def kind_of(operator: str) -> str:
-    """Which bounds hold for an operator that a rule answers for.
+def kind_of(operator: str, half: bool = False) -> str:
+    """Which bounds hold for an operator that a rule answers for; `half`: in half precision.
 
     >>> kind_of("aten::convolution"), kind_of("aten::lstm.input"), kind_of("aten::addmm")
     ('convolution', 'recurrent', 'other')
@@ -58,7 +71,7 @@ def kind_of(operator: str) -> str:
         return "resizing"
     if any(part in name for part in ("rnn", "lstm", "gru")):
         return "recurrent"
-    return "other"
+    return "half" if half else "other"
 
 
 def widened(sizes: Sequence[int], kind: str) -> tuple[int, ...]:
