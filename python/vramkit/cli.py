@@ -259,6 +259,13 @@ def _flat(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
 @click.option("--target", default="cpu", show_default=True, help='"cpu", "cuda" or "cuda:8.9".')
 @click.option("--generate", type=int, default=0, help="New tokens after the inputs.")
 @click.option("--probe/--no-probe", default=True, help="Run unknown operators once, or use rules.")
+@click.option(
+    "--calibrated/--no-calibrated", default=True, help="Use what real runs of this call measured."
+)
+@click.option("--context", help='The CUDA context, "400 MB"; default: an allowance of 512 MiB.')
+@click.option("--plan", "plan_path", type=click.Path(dir_okay=False), help="A saved plan.")
+@click.option("--picture", type=click.Path(dir_okay=False), help="Draw it (.svg, .png, .pdf).")
+@click.option("--vram-limit", help="A line in the picture.")
 @_inputs_option
 @_factory_option
 @_skip_option
@@ -269,6 +276,11 @@ def estimate(
     target: str,
     generate: int,
     probe: bool,
+    calibrated: bool,
+    context: str | None,
+    plan_path: str | None,
+    picture: str | None,
+    vram_limit: str | None,
     inputs: tuple[str, ...],
     factory: str | None,
     skip: tuple[str, ...],
@@ -276,7 +288,9 @@ def estimate(
 ) -> None:
     """Predict bytes by precision before any weight is read."""
     with _reported(json_path) as output:
+        from .cli_estimate import print_estimates, write_pictures
         from .estimator import estimate as predict
+        from .plans import Plan
         from .skeleton import build_skeleton
 
         source, build = _module_or_path(model, factory)
@@ -285,23 +299,27 @@ def estimate(
             if build is None and not isinstance(source, Path)
             else build_skeleton(source, build)
         )
-        table = Table()
-        cuda = target.startswith("cuda")
-        for column in ("precision", "weights", "activations", "peak", *["reserved"] * cuda):
-            table.add_column(column, justify="left" if column == "precision" else "right")
-        rows = []
         given = parse_inputs(inputs)
-        options: dict[str, Any] = {"target": target, "generate": generate, "probe": probe}
-        for name in _precisions(precision):
-            found = predict(skeleton, name, given, skip=skip, **options)
-            rows.append(found.to_dict())
-            sizes = [found.weights_bytes, found.activations_bytes, found.peak_bytes]
-            sizes += [found.reserved_bytes] * cuda
-            table.add_row(name, *("-" if n is None else format_size(n) for n in sizes))
-        output.console.print(table)
-        if not inputs:
-            output.console.print("give --inputs for activations and the peak", style="dim")
-        output.finish({"model": model, "estimates": rows})
+        options: dict[str, Any] = {
+            "target": target,
+            "generate": generate,
+            "probe": probe,
+            "calibrated": calibrated,
+            "context": _size(context),
+        }
+        if plan_path is not None:
+            chosen = Plan.load(plan_path)
+            made = [("plan", predict(skeleton, None, given, plan=chosen, **options))]
+        else:
+            made = [
+                (name, predict(skeleton, name, given, skip=skip, **options))
+                for name in _precisions(precision)
+            ]
+        print_estimates(output.console, made)
+        if picture is not None:
+            for file in write_pictures(picture, made, _size(vram_limit)):
+                output.console.print(f"picture: [bold]{file}[/bold]", highlight=False)
+        output.finish({"model": model, "estimates": [found.to_dict() for _, found in made]})
 
 
 def _precisions(text: str) -> list[str]:

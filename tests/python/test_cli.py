@@ -65,6 +65,33 @@ def test_estimate_of_an_entry_point(workplace: Path) -> None:
     assert rows["int8"]["inputs_bytes"] == 2 * 96 * 4
 
 
+def test_estimate_prints_one_in_full_and_draws(workplace: Path) -> None:
+    pytest.importorskip("matplotlib")
+    arguments = ("estimate", "factory_for_cli:build", "--inputs", "2x96", "--precision")
+    done = CliRunner().invoke(main, [*arguments, "nf4", "--picture", "a.svg", "--vram-limit", "1"])
+    assert done.exit_code == 0, done.output
+    for words in ("interval exact", "peak, load", "weights, nf4", "picture: a.svg"):
+        assert words in done.output
+    assert Path("a.svg").read_text().startswith("<?xml")
+    found = run(*arguments, "fp32,int8", "--picture", "b.png", "--target", "cuda:8.9",
+                "--context", "100 MB")  # fmt: skip
+    assert all(Path(f"b-{name}.png").read_bytes()[:4] == b"\x89PNG" for name in ("fp32", "int8"))
+    for row in found["estimates"]:
+        account = row["account"]
+        context = [line for line in account["lines"] if line["name"] == "CUDA context"]
+        assert context[0]["device_bytes"] == 100_000_000
+        assert account["device_bytes"] > row["reserved_bytes"] + 100_000_000
+        assert row["interval_bytes"] is None
+
+
+def test_estimate_of_a_plan(workplace: Path) -> None:
+    run("plan", "factory_for_cli:build", "--vram-limit", "20 KiB", "--save", "plan.json")
+    found = run("estimate", "factory_for_cli:build", "--inputs", "2x96", "--plan", "plan.json")
+    (row,) = found["estimates"]
+    assert row["weights_bytes"] == vramkit.Plan.load("plan.json").weights_bytes
+    assert row["interval_bytes"] == [row["peak_bytes"]] * 2
+
+
 def test_convert_fit_and_load(workplace: Path) -> None:
     arguments = ("weights.safetensors", "--factory", "factory_for_cli:build")
     found = run("convert", arguments[0], "out", *arguments[1:], "--precision", "int8")
