@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .quality import Comparison, Recording, compare, record
     from .rates import Rates, measure_rates
     from .recommendation import recommend
+    from .sensitivities import Sensitivity, sensitivity
 
 __version__ = "0.1.0"
 
@@ -61,6 +62,8 @@ _LAZY = {
     "Rates": "rates",
     "measure_rates": "rates",
     "recommend": "recommendation",
+    "Sensitivity": "sensitivities",
+    "sensitivity": "sensitivities",
     "Comparison": "quality",
     "Recording": "quality",
     "compare": "quality",
@@ -99,6 +102,7 @@ __all__ = [
     "Rates",
     "ReadOnlyWeightError",
     "Recording",
+    "Sensitivity",
     "StaleHandleError",
     "StorageFormat",
     "VRAMEfficientModelManager",
@@ -122,6 +126,7 @@ __all__ = [
     "register_format",
     "restore",
     "save",
+    "sensitivity",
     "set_weight",
     "writable",
 ]
