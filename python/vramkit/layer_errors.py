@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
 from ._operators import StoredParts
@@ -308,14 +309,9 @@ class _Stream:
         for module in self.modules:
             handles.append(module.register_forward_pre_hook(self._before))
             handles.append(module.register_forward_hook(self._after, always_call=True))
-        # A result on the meta device, of a parameter that was not there, spoils what follows.
-        handles += [m.register_forward_hook(self._check) for m in self.model.modules()]
         try:
-            yield
-        except (RuntimeError, NotImplementedError) as error:
-            if "meta" not in str(error):
-                raise
-            raise CheckpointError(_foreign("a module", str(error).splitlines()[0])) from error
+            with _Values(self.model):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -329,7 +325,7 @@ class _Stream:
                 assert meta is not None
                 self.away[owner, leaf] = meta
                 # Not into _parameters: recurrent layers keep a list of their weights.
-                setattr(owner, leaf, nn.Parameter(self.read(name), requires_grad=False))
+                setattr(owner, leaf, nn.Parameter(self.read(name), meta.requires_grad))
 
     def _after(self, module: nn.Module, args: Any, out: Any) -> None:
         self._drop(module)
@@ -340,17 +336,25 @@ class _Stream:
             if meta is not None:
                 setattr(owner, leaf, meta)
 
-    def _check(self, module: nn.Module, args: Any, out: Any) -> None:
-        if any(leaf.device.type == "meta" for leaf in _floats(out)):
-            name = next(n for n, m in self.model.named_modules() if m is module)
-            raise CheckpointError(_foreign(repr(name), "its result has no values"))
 
+class _Values(TorchFunctionMode):
+    """Refuses to compute with what has no values: some operators do not, and return garbage."""
 
-def _foreign(who: str, what: str) -> str:
-    return (
-        f"{who} uses parameters of another module without calling it ({what}); such a model cannot "
-        "be streamed. Load it with vramkit.load and pass the module"
-    )
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [v for v in _pytree.tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
+        absent = [v for v in given if v.device.type == "meta"]
+        if absent and getattr(func, "__name__", "") != "__get__":  # of shapes, dtypes, devices
+            names = [n for n, p in self.model.named_parameters() if p is absent[0]]
+            raise CheckpointError(
+                f"{names[0] if names else 'a parameter'} is used outside of its own module's call "
+                f"(by {getattr(func, '__name__', func)}); such a model cannot be streamed. Load it "
+                "with vramkit.load and pass the module"
+            )
+        return func(*args, **(kwargs or {}))
 
 
 def warn_unreached(names: Sequence[str]) -> None:
