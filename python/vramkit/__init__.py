@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     from .quality import Comparison, Recording, compare, record
     from .rates import Rates, measure_rates
     from .recommendation import recommend
-    from .sensitivities import Sensitivity, sensitivity
+    from .sensitivities import sensitivity
+    from .sensitivity_table import Sensitivity
 
 __version__ = "0.1.0"
 
@@ -62,7 +63,7 @@ _LAZY = {
     "Rates": "rates",
     "measure_rates": "rates",
     "recommend": "recommendation",
-    "Sensitivity": "sensitivities",
+    "Sensitivity": "sensitivity_table",
     "sensitivity": "sensitivities",
     "Comparison": "quality",
     "Recording": "quality",

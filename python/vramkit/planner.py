@@ -31,7 +31,7 @@ from .sizes import parse_size
 if TYPE_CHECKING:
     from .calibration import Calibration
     from .running import Output
-    from .sensitivities import Sensitivity
+    from .sensitivity_table import Sensitivity
 
 # Enough elements that a weight's error is known to well under a percent, whatever its size.
 SAMPLE_ELEMENTS = 1 << 22
