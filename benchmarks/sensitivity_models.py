@@ -21,8 +21,8 @@ from . import real_layers, real_models
 from .quality import SENTENCES
 
 CALIBRATION_SENTENCES = 64
-# Windows of SmolLM2's text: (tokens, windows to calibrate on, windows to judge by).
-WINDOW, WINDOWS, JUDGED = 128, 4, 4
+# Windows of SmolLM2's text: tokens of each, windows to calibrate on, windows to judge by.
+WINDOW, WINDOWS, JUDGED = 64, 3, 3
 FRAMES = 12  # of 64 ms, from each utterance, for the pitch network
 
 

@@ -252,6 +252,18 @@ def test_a_checkpoint_gives_the_same_figures(method: str, tmp_path: Path) -> Non
     assert auto.method == ("weights" if batches is None else "layer")
 
 
+def test_a_real_checkpoint_gives_the_same_figures(minilm_path: Path) -> None:
+    from vramkit.demo import tokenize
+
+    batch = tokenize(minilm_path, ["The river floods every spring.", "Interest rates rose."])
+    options: dict[str, Any] = {"formats": ["nf4"], "method": "layer", "cache": None}
+    there = vramkit.sensitivity(minilm_path, [batch], **options)
+    here = vramkit.sensitivity(vramkit.load(minilm_path), [batch], **options)
+    assert errors_of(here) == errors_of(there)
+    assert len(there.layers) == 40
+    assert not there.unreached
+
+
 def test_a_stream_holds_one_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Twice as many layers take the same memory, which is that of a few copies of one."""
     monkeypatch.setattr(layer_errors, "KEPT_BYTES", 0)
