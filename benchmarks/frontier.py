@@ -25,7 +25,7 @@ from .quality import SENTENCES
 UNIFORM = ("bf16", "int8", "fp8", "nf4", "nf4_dq", "fp4", "int4", "int4_g32")
 # Where each label goes, in points from its square: several lie close together.
 LABELS = {
-    "bf16": (-34, 4), "int8": (8, -4), "fp8": (8, -3), "nf4": (8, -3), "nf4_dq": (-38, -14),
+    "bf16": (-12, 8), "int8": (8, -4), "fp8": (8, -3), "nf4": (8, -3), "nf4_dq": (-38, -14),
     "fp4": (8, -3), "int4": (-26, 5), "int4_g32": (8, -4),
 }  # fmt: skip
 # Formats for all layers in the table of all models, and random plans at each of their sizes.
@@ -117,7 +117,7 @@ def _table(case: sensitivity_models.Case, cache: Any, missed: list[str]) -> list
         for kind, found in tables.items():
             plan = vramkit.plan(case.model, f"{budget + fixed} B", sensitivity=found)
             plans[f"planned_by_{kind}"] = {e.name: e.format for e in plan.entries}
-            plans[f"greedy_by_{kind}"] = judge.greedy(costs_of(found), budget)
+        plans["greedy_by_data"] = judge.greedy(costs_of(tables["data"]), budget)
         row |= {name: judge.error(formats) for name, formats in plans.items()}
         generator = random.Random(SEED)
         drawn = [judge.error(judge.random(generator, budget)) for _ in range(RANDOM)]
@@ -177,6 +177,7 @@ def _draw(
             fontsize=9,
         )
     axes.set_xscale("log")
+    axes.set_xlim(11.5, 54)  # room for the labels
     ticks = (13, 15, 20, 25, 30, 40, 50)
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.set_xticks([], minor=True)

@@ -21,8 +21,8 @@ from . import real_layers, real_models
 from .quality import SENTENCES
 
 CALIBRATION_SENTENCES = 64
-# Windows of SmolLM2's text: tokens of each, windows to calibrate on, windows to judge by.
-WINDOW, WINDOWS, JUDGED = 64, 3, 3
+# SmolLM2's texts, to calibrate on and to judge by: (windows, tokens of each).
+CALIBRATED, JUDGED = (2, 48), (3, 64)
 FRAMES = 12  # of 64 ms, from each utterance, for the pitch network
 
 
@@ -61,9 +61,11 @@ def _sentences() -> tuple[nn.Module, list[Any], list[Any]]:
 def _language_model() -> tuple[nn.Module, list[Any], list[Any]]:
     model, tokenizer = real_models.load_smollm()
     windows = real_models.calibration_tokens(tokenizer)
-    step = len(windows) // WINDOWS
-    calibration = torch.cat([windows[i * step][:, :WINDOW] for i in range(WINDOWS)])
-    judge = real_models.judge_tokens(tokenizer)[: JUDGED * WINDOW].reshape(JUDGED, WINDOW)
+    count, length = CALIBRATED
+    step = len(windows) // count
+    calibration = torch.cat([windows[i * step][:, :length] for i in range(count)])
+    count, length = JUDGED
+    judge = real_models.judge_tokens(tokenizer)[: count * length].reshape(count, length)
     return model, [{"input_ids": calibration}], [{"input_ids": judge}]
 
 
