@@ -130,6 +130,22 @@ def test_plan_saves_and_prints(workplace: Path) -> None:
     assert json.loads(Path("plan.json").read_text())["entries"] == found["entries"]
 
 
+def test_sensitivity_is_saved_and_planned_by(workplace: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"input": torch.randn(4, 96)}, "batch.safetensors")
+    source = ("weights.safetensors", "--factory", "factory_for_cli:build")
+    options = ("--format", "int8", "--format", "int4", "--no-cache", "--save", "found.json")
+    found = run("sensitivity", *source, "--batch", "batch.safetensors", *options)
+    assert found["method"] == "layer"
+    assert json.loads(Path("found.json").read_text()) == found
+    made = run("plan", *source, "--vram-limit", "20 KB", "--sensitivity", "found.json")
+    errors = {layer["name"]: layer["errors"] for layer in found["layers"]}
+    for entry in made["entries"]:
+        assert entry["error"] == errors[entry["name"]][entry["format"]]
+    assert run("sensitivity", *source, "--no-cache")["method"] == "weights"
+
+
 def test_plan_prints_what_is_possible(workplace: Path) -> None:
     options = ("--tier", "device", "--tier", "host", "--host-limit", "1 MB", "--rows", "4")
     found = run("plan", "factory_for_cli:build", "--vram-limit", "20 KB", *options)
