@@ -12,6 +12,7 @@ SUITES = {
     "quality": "error on real weights by format and by budget, against the peers",
     "calibration": "4 and 8 bit on real models, plain and calibrated, against HQQ and others",
     "frontier": "bytes against quality on real weights, and the picture of it",
+    "sensitivity": "predicted against measured errors of random plans on real models",
     "imports": "time of `import vramkit` after `import torch`",
     "cpu": "one Linear on the CPU, by format and rows, against the peers and the limit",
     "conversion": "encoding and decoding by format, against a copy's rate and the peers",
@@ -38,6 +39,9 @@ def main() -> int:
             sub.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64, 512])
         if name in ("cpu", "conversion", "int8", "conv", "interop", "offload"):
             sub.add_argument("--threads", type=int, default=2)
+        if name in ("sensitivity", "frontier"):
+            sub.add_argument("--models", nargs="+", metavar="MODEL", help="only these")
+            sub.add_argument("--cache", metavar="FOLDER", help="go on with what was measured there")
         if name == "cpu":
             sub.add_argument("--formats", nargs="+", metavar="FORMAT")
             sub.add_argument("--quick", action="store_true", help="one shape, bfloat16 input")

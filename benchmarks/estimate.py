@@ -25,8 +25,10 @@ import torch
 import vramkit
 from torch import nn
 from vramkit.estimator import call_arguments, meta_copy, weight_bytes
+from vramkit.intervals import LEAST
 from vramkit.measure import profiled_peak
 
+from . import estimate_rules
 from .estimate_zoo import CASES, Case, Inputs
 
 PEERS = ("accelerate", "MemTracker")
@@ -81,7 +83,7 @@ print(json.dumps({"build_seconds": built, "seconds": took, "megabytes":
 
 
 def run(options: Any) -> tuple[dict[str, Any], list[str]]:
-    """All cases, then the large models."""
+    """All cases, then random layers by rule, then the large models."""
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     cases = []
@@ -111,6 +113,19 @@ def run(options: Any) -> tuple[dict[str, Any], list[str]]:
         for least, within in promises
         if share(cases, name, within) < least
     ]
+    for case in cases:
+        low, high = case["ruled_interval_bytes"] or (0, 1 << 63)
+        if not low <= case["measured_bytes"] <= high:
+            missed.append(f"{case['name']}: measured outside the interval by rule")
+    with tempfile.TemporaryDirectory() as folder, _cache_in(Path(folder)):
+        rules = estimate_rules.measure()
+    for kind, found in rules.items():
+        print(
+            f"{kind}: {found['count']} random layers, by rule within 10 % of a probe "
+            f"{found['within_10_percent']:.0%}, from {found['least']:.3f} to {found['most']:.3f}"
+        )
+        if found["least"] < LEAST[kind]:
+            missed.append(f"rules for {kind} miss more than intervals allow: {found['least']:.3f}")
     large = {name: large_model(text) for name, text in LARGE.items()}
     for name, found in large.items():
         print(
@@ -124,7 +139,7 @@ def run(options: Any) -> tuple[dict[str, Any], list[str]]:
             missed.append(f"{name} takes {found['seconds']:.1f} s to trace")
         if found["megabytes"] > MEGABYTES:
             missed.append(f"{name} takes {found['megabytes']:.0f} MB to trace")
-    return {"cases": cases, "shares": shares, "large": large}, missed
+    return {"cases": cases, "shares": shares, "rules": rules, "large": large}, missed
 
 
 def one(case: Case, folder: Path) -> dict[str, Any]:
@@ -138,13 +153,14 @@ def one(case: Case, folder: Path) -> dict[str, Any]:
         start = time.perf_counter()
         probed = vramkit.estimate(model, None, inputs, **options)
         took = time.perf_counter() - start
-    ruled = vramkit.estimate(model, None, inputs, probe=False, **options)
+    ruled = vramkit.estimate(model, None, inputs, probe=False, calibrated=False, **options)
     return {
         "name": case.name,
         "kind": case.kind,
         "measured_bytes": measured,
         "probed_bytes": probed.activations_bytes,
         "ruled_bytes": ruled.activations_bytes,
+        "ruled_interval_bytes": ruled.activations_interval_bytes,
         "accelerate_bytes": accelerate_estimate(model),
         "MemTracker_bytes": None if case.generate else mem_tracker(model, inputs),
         "trace_seconds": took - probed.probes[1],

@@ -69,7 +69,7 @@ class VoiceEncoder(nn.Module):
 
 def speech() -> list[Tensor]:
     """Mels of every phrase in every voice: [frames, 40] each, made by eSpeak NG."""
-    return [mel_bands(sound) for sound in _synthesized()]
+    return [mel_bands(sound) for sound in synthesized()]
 
 
 def nearest(embeddings: Tensor) -> Tensor:
@@ -78,8 +78,8 @@ def nearest(embeddings: Tensor) -> Tensor:
     return likeness.fill_diagonal_(-math.inf).argmax(1)
 
 
-def _synthesized() -> list[Tensor]:
-    """float32 sounds at 16 kHz and -30 dBFS, voice by voice."""
+def synthesized() -> list[Tensor]:
+    """Every phrase in every voice, voice by voice: float32 sounds at 16 kHz and -30 dBFS."""
     home = folder("espeakng_loader")
     library = ctypes.CDLL(str(home / "libespeak-ng.so"))
     retrieve, text_utf8 = 1, 1  # AUDIO_OUTPUT_RETRIEVAL, espeakCHARS_UTF8
@@ -200,6 +200,18 @@ def classifier() -> nn.Module:
 
 def photographs(size: int = 224) -> Tensor:
     """Crops of the picture that matplotlib carries, normalized as ImageNet's are."""
+    places = [(top, left) for top in (0, 100, 200) for left in (0, 100, 200)]
+    return _crops(places, 300, size)
+
+
+def photograph_halves(size: int = 224) -> tuple[Tensor, Tensor]:
+    """Crops of the picture's left half, each mirrored too, and crops of its right half."""
+    tops = (0, 80, 160, 240, 320)
+    left, right = (_crops([(top, start) for top in tops], 256, size) for start in (0, 256))
+    return torch.cat([left, left.flip(-1)]), torch.cat([right, right.flip(-1)])
+
+
+def _crops(places: list[tuple[int, int]], side: int, size: int) -> Tensor:
     from matplotlib import cbook, image
 
     with cbook.get_sample_data("grace_hopper.jpg") as file:
@@ -208,10 +220,9 @@ def photographs(size: int = 224) -> Tensor:
     mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
     deviation = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
     crops = []
-    for top in (0, 100, 200):
-        for left in (0, 100, 200):
-            crop = picture[:, top : top + 300, left : left + 300]
-            crops.append(nn.functional.interpolate(crop[None], size=(size, size), mode="bilinear"))
+    for top, left in places:
+        crop = picture[:, top : top + side, left : left + side]
+        crops.append(nn.functional.interpolate(crop[None], size=(size, size), mode="bilinear"))
     return (torch.cat(crops) - mean) / deviation
 
 

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from .quality import Comparison, Recording, compare, record
     from .rates import Rates, measure_rates
     from .recommendation import recommend
+    from .sensitivities import sensitivity
+    from .sensitivity_table import Sensitivity
     from .verification import Verification, keep_measurement, verify
 
 __version__ = "0.1.0"
@@ -65,6 +67,8 @@ _LAZY = {
     "Rates": "rates",
     "measure_rates": "rates",
     "recommend": "recommendation",
+    "Sensitivity": "sensitivity_table",
+    "sensitivity": "sensitivities",
     "Comparison": "quality",
     "Recording": "quality",
     "compare": "quality",
@@ -108,6 +112,7 @@ __all__ = [
     "Rates",
     "ReadOnlyWeightError",
     "Recording",
+    "Sensitivity",
     "StaleHandleError",
     "StorageFormat",
     "VRAMEfficientModelManager",
@@ -133,6 +138,7 @@ __all__ = [
     "register_format",
     "restore",
     "save",
+    "sensitivity",
     "set_weight",
     "verify",
     "writable",

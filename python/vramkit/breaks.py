@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from numbers import Integral
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -47,7 +49,7 @@ def explained(recorder: Recorder) -> Iterator[None]:
             raise _no_fake(recorder, error) from error
         if "overflow" in text.lower():
             raise ValueError(
-                f"a tensor in {_place(recorder)} would have more than 2**63 bytes "
+                f"a tensor in {_place(recorder)}{_where(error)} would have more than 2**63 bytes "
                 f"({_line(error)}); check the shapes of the inputs"
             ) from error
         raise
@@ -64,26 +66,67 @@ def _line(error: Exception) -> str:
 
 def _needs_values(recorder: Recorder, error: Exception) -> ValueError:
     return ValueError(
-        f"this model decides by the values of its tensors (in {_place(recorder)}, at "
-        f"{recorder.operator or 'its first operator'}: {_line(error)}), so that it cannot be "
+        f"this model decides by the values of its tensors (in {_place(recorder)}{_where(error)}, "
+        f"at {recorder.operator or 'its first operator'}: {_line(error)}), so that it cannot be "
         f"traced by shapes alone. {_INSTEAD}"
     )
 
 
+def _where(error: Exception) -> str:
+    """The innermost line of the model's own code, as the place of an error; empty if unknown."""
+    ours = os.path.dirname(os.path.abspath(__file__)) + os.sep
+    theirs = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
+    found = ""
+    frame = error.__traceback__
+    while frame is not None:
+        file = frame.tb_frame.f_code.co_filename
+        if not os.path.abspath(file).startswith((ours, theirs)):
+            found = f", {file} line {frame.tb_lineno}"
+        frame = frame.tb_next
+    return found
+
+
 def _no_fake(recorder: Recorder, error: Exception) -> ValueError:
     return ValueError(
-        f"the operator {recorder.operator} (in {_place(recorder)}) does not say what shapes it "
-        "returns: it has no fake implementation. Register one with torch.library.register_fake. "
-        f"{_INSTEAD}"
+        f"the operator {recorder.operator} (in {_place(recorder)}{_where(error)}) does not say "
+        "what shapes it returns: it has no fake implementation. Register one with "
+        f"torch.library.register_fake. {_INSTEAD}"
     )
 
 
-def checked_shape(shape: Sequence[int], dtype: torch.dtype, name: str) -> tuple[int, ...]:
-    """`shape`, if it can be a tensor's; ValueError for negative sizes and beyond 2**63 bytes."""
+def checked_shape(shape: Sequence[Any], dtype: torch.dtype, name: str) -> tuple[int, ...]:
+    """`shape`, if it can be a tensor's.
+
+    ValueError for sizes that are unknown or negative, and beyond 2**63 bytes.
+    """
+    known = all(isinstance(v, Integral) and not isinstance(v, bool) for v in shape)
+    if not known:
+        raise ValueError(
+            f"the shape {tuple(shape)} of input {name!r} has sizes that are no whole numbers. An "
+            "estimate is for one shape: give each size, or several shapes by shapes={name: …}"
+        )
     if any(v < 0 for v in shape):
         raise ValueError(f"the shape {tuple(shape)} of input {name!r} has a negative size")
-    if math.prod(max(v, 1) for v in shape) * dtype.itemsize > LARGEST_BYTES:
+    if math.prod(max(int(v), 1) for v in shape) * dtype.itemsize > LARGEST_BYTES:
         raise ValueError(
             f"the shape {tuple(shape)} of input {name!r} would take more than 2**63 bytes"
         )
-    return tuple(shape)
+    return tuple(int(v) for v in shape)
+
+
+def checked_sum(nbytes: int) -> None:
+    """ValueError for more bytes than can be addressed, though no tensor alone is as large."""
+    if nbytes > LARGEST_BYTES:
+        raise ValueError(
+            f"this call would take {nbytes} bytes, more than 2**63; check the shapes of the inputs"
+        )
+
+
+def known_dtype(dtype: str | torch.dtype, name: str) -> torch.dtype:
+    """A dtype by its name; ValueError for what is none."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype):
+        raise ValueError(
+            f"the dtype {dtype!r} of input {name!r} is not known; it is torch's, such as 'float32'"
+        )
+    return found

@@ -1,4 +1,4 @@
-"""The command line: `vramkit demo | doctor | estimate | plan | convert | fit`.
+"""The command line: `vramkit demo | doctor | estimate | sensitivity | plan | convert | fit`.
 
 Exit codes: 0 done; 1 an error that the text explains; 2 wrong usage; 3 a memory limit that
 cannot be met (the text, and `needed_bytes` in the JSON, say the smallest that would do).
@@ -259,6 +259,13 @@ def _flat(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
 @click.option("--target", default="cpu", show_default=True, help='"cpu", "cuda" or "cuda:8.9".')
 @click.option("--generate", type=int, default=0, help="New tokens after the inputs.")
 @click.option("--probe/--no-probe", default=True, help="Run unknown operators once, or use rules.")
+@click.option(
+    "--calibrated/--no-calibrated", default=True, help="Use what real runs of this call measured."
+)
+@click.option("--context", help='The CUDA context, "400 MB"; default: an allowance of 512 MiB.')
+@click.option("--plan", "plan_path", type=click.Path(dir_okay=False), help="A saved plan.")
+@click.option("--picture", type=click.Path(dir_okay=False), help="Draw it (.svg, .png, .pdf).")
+@click.option("--vram-limit", help="A line in the picture.")
 @_inputs_option
 @_factory_option
 @_skip_option
@@ -269,6 +276,11 @@ def estimate(
     target: str,
     generate: int,
     probe: bool,
+    calibrated: bool,
+    context: str | None,
+    plan_path: str | None,
+    picture: str | None,
+    vram_limit: str | None,
     inputs: tuple[str, ...],
     factory: str | None,
     skip: tuple[str, ...],
@@ -276,7 +288,9 @@ def estimate(
 ) -> None:
     """Predict bytes by precision before any weight is read."""
     with _reported(json_path) as output:
+        from .cli_estimate import print_estimates, write_pictures
         from .estimator import estimate as predict
+        from .plans import Plan
         from .skeleton import build_skeleton
 
         source, build = _module_or_path(model, factory)
@@ -285,23 +299,27 @@ def estimate(
             if build is None and not isinstance(source, Path)
             else build_skeleton(source, build)
         )
-        table = Table()
-        cuda = target.startswith("cuda")
-        for column in ("precision", "weights", "activations", "peak", *["reserved"] * cuda):
-            table.add_column(column, justify="left" if column == "precision" else "right")
-        rows = []
         given = parse_inputs(inputs)
-        options: dict[str, Any] = {"target": target, "generate": generate, "probe": probe}
-        for name in _precisions(precision):
-            found = predict(skeleton, name, given, skip=skip, **options)
-            rows.append(found.to_dict())
-            sizes = [found.weights_bytes, found.activations_bytes, found.peak_bytes]
-            sizes += [found.reserved_bytes] * cuda
-            table.add_row(name, *("-" if n is None else format_size(n) for n in sizes))
-        output.console.print(table)
-        if not inputs:
-            output.console.print("give --inputs for activations and the peak", style="dim")
-        output.finish({"model": model, "estimates": rows})
+        options: dict[str, Any] = {
+            "target": target,
+            "generate": generate,
+            "probe": probe,
+            "calibrated": calibrated,
+            "context": _size(context),
+        }
+        if plan_path is not None:
+            chosen = Plan.load(plan_path)
+            made = [("plan", predict(skeleton, None, given, plan=chosen, **options))]
+        else:
+            made = [
+                (name, predict(skeleton, name, given, skip=skip, **options))
+                for name in _precisions(precision)
+            ]
+        print_estimates(output.console, made)
+        if picture is not None:
+            for file in write_pictures(picture, made, _size(vram_limit)):
+                output.console.print(f"picture: [bold]{file}[/bold]", highlight=False)
+        output.finish({"model": model, "estimates": [found.to_dict() for _, found in made]})
 
 
 def _precisions(text: str) -> list[str]:
@@ -359,6 +377,12 @@ def _make_plan(
     show_default=True,
 )
 @click.option("--max-quality-loss", type=float, help="Limit of the sum of the layers' errors.")
+@click.option(
+    "--sensitivity",
+    "sensitivity_path",
+    type=click.Path(exists=True, dir_okay=False),
+    help="Costs of the formats, from `sensitivity --save`.",
+)
 @click.option("--rows", type=int, default=1, show_default=True, help="Tokens in one pass.")
 @click.option(
     "--rates/--no-rates", default=True, help="Measure rates for seconds (a second or two)."
@@ -377,6 +401,7 @@ def plan(
     host_limit: str | None,
     prefer: str,
     max_quality_loss: float | None,
+    sensitivity_path: str | None,
     rows: int,
     rates: bool,
     layers: bool,
@@ -384,6 +409,8 @@ def plan(
 ) -> None:
     """Choose the format and place of every layer so that MODEL fits and loses least."""
     with _reported(json_path) as output:
+        from .sensitivity_table import Sensitivity
+
         source, build = _module_or_path(model, factory)
         made = _make_plan(
             source,
@@ -393,6 +420,7 @@ def plan(
             inputs,
             skip,
             output.console.is_terminal,
+            sensitivity=Sensitivity.load(sensitivity_path) if sensitivity_path else None,
             tiers=tiers or ("device",),
             host_limit=_size(host_limit),
             prefer=prefer,
@@ -404,6 +432,64 @@ def plan(
         if save_path:
             made.save(save_path)
         output.finish({**made.to_dict(), "table": made.table().to_dict()})
+
+
+@main.command()
+@click.argument("model")
+@click.option(
+    "--batch",
+    "batch_paths",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False),
+    help="A safetensors file with the inputs of one call, by name; repeat for more.",
+)
+@click.option(
+    "--method",
+    type=click.Choice(["auto", "weights", "layer", "output", "each"]),
+    default="auto",
+    show_default=True,
+)
+@click.option("--format", "formats", multiple=True, help="A format to measure; repeat for more.")
+@_factory_option
+@_skip_option
+@click.option("--save", "save_path", type=click.Path(dir_okay=False), help="Write it here.")
+@click.option("--cache/--no-cache", default=True, help="Keep and use what was measured.")
+@_json_option
+def sensitivity(
+    model: str,
+    batch_paths: tuple[str, ...],
+    method: str,
+    formats: tuple[str, ...],
+    factory: str | None,
+    skip: tuple[str, ...],
+    save_path: str | None,
+    cache: bool,
+    json_path: str | None,
+) -> None:
+    """Predict what each format would cost each layer, by weights or by data."""
+    with _reported(json_path) as output:
+        from .planner import DEFAULT_FORMATS
+        from .sensitivities import sensitivity as measure
+        from .shards import Checkpoint
+
+        source, build = _module_or_path(model, factory)
+        files = [Checkpoint(path) for path in batch_paths]
+        made = measure(
+            source,
+            [{name: file.read(name) for name in file.names()} for file in files] or None,
+            formats or DEFAULT_FORMATS,
+            method=method,
+            skip=skip,
+            factory=build,
+            progress=output.console.is_terminal,
+            cache=cache,
+        )
+        output.console.print(str(made), highlight=False, soft_wrap=True)
+        for note in made.notes:
+            output.console.print(note, style="dim", highlight=False)
+        if save_path:
+            made.save(save_path)
+        output.finish(made.to_dict())
 
 
 def _size(text: str | None) -> Any:

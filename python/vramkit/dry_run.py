@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .intervals import Unprobed, kind_of
+from .intervals import NO_RULE_IN_HALF, Unprobed, kind_of, widened
 from .known import LARGEST
 from .probing import NAMESPACES, Probes, Store
 from .recorder import Recorder, module_paths
 from .targets import Target
-from .tracing import Call, Inside, Recording, Trace
+from .tracing import Call, Inside, Recording, Trace, geometries
 from .workspaces import inside_of
 
 Play = Callable[[Recorder], Any]
@@ -163,21 +163,33 @@ class DryRun:
         ruled: dict[str, int] = {}
         kinds: set[str] = set()
         unknown: dict[str, None] = {}
+        bare, wide = dict(inside), dict(inside)  # the ends of the interval
         for call in recording.distinct():
             if call in inside:
                 continue
-            if call in probes.failed or call.operator.namespace not in NAMESPACES:
-                unknown[str(call.operator)] = None
-            else:
-                kinds.add(kind_of(call.operator._schema.name))
-            sizes = inside_of(call, recording.results[call], self.target)
+            results = recording.results[call]
+            sizes = inside_of(call, results, self.target)
             if sizes is not None:
                 inside[call] = sizes
+            name = call.operator._schema.name
             if probe or sizes is not None:
-                name = call.operator._schema.name
                 ruled[name] = ruled.get(name, 0) + 1
-        trace = recording.assemble(inside, recorder.results | recorder.alive().keys())
-        unprobed = Unprobed(frozenset(kinds), tuple(unknown))
+            half = any(g.dtype in (torch.float16, torch.bfloat16) for g in geometries(call.spec))
+            foreign = call.operator.namespace not in NAMESPACES
+            if call in probes.failed or foreign or (half and name in NO_RULE_IN_HALF):
+                unknown[str(call.operator)] = None
+                continue
+            kind = kind_of(name, half)
+            kinds.add(kind)
+            if call.operator.namespace != "vramkit":  # ours declare what they hold
+                bare[call], wide[call] = results, widened(sizes or results, kind)
+        without = recorder.results | recorder.alive().keys()
+        trace = recording.assemble(inside, without)
+        least = most = 0
+        if kinds and self.target.kind == "cpu":
+            least = recording.assemble(bare, without).peak()
+            most = recording.assemble(wide, without).peak()
+        unprobed = Unprobed(frozenset(kinds), tuple(unknown), least, most)
         return Findings(trace, kept, probes, ruled, unprobed, list(self.target.notes()))
 
 

@@ -10,23 +10,27 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .breaks import checked_shape
+from .accounts import CONTEXT_BYTES, Account, Placement, account_of
+from .breaks import checked_shape, checked_sum, known_dtype
 from .convert import Precision, convert, storage_format
+from .estimate_report import data_of, html_of, text_of
 from .layers import QuantizedLayer
 from .layers.folding import foldings
 from .loading import load_trace, stored_tensors
-from .sizes import format_size
+from .sizes import parse_size
 from .targets import Target, parse_target
 
 if TYPE_CHECKING:
     from .allocator import Simulation
     from .generation import Generation
+    from .plans import Plan
     from .probing import Store
     from .recorder import Recorder
     from .tracing import Tag, Trace
@@ -64,6 +68,9 @@ class MemoryEstimate:
         interval_from: Where the interval comes from, or why there is none.
         calibrated: The real runs whose measurement activations_bytes is, if there were any. The
             trace and the timeline stay the prediction's.
+        placement: Where a plan that streams puts the weights.
+        context_bytes: What a CUDA process takes beside torch's allocator; context_assumed: an
+            allowance, not measured.
     """
 
     weights_bytes: int
@@ -86,6 +93,14 @@ class MemoryEstimate:
     activations_interval_bytes: tuple[int, int] | None = None
     interval_from: str = "none: there were no inputs"
     calibrated: Calibrated | None = None
+    placement: Placement | None = None
+    context_bytes: int = CONTEXT_BYTES
+    context_assumed: bool = True
+
+    @property
+    def account(self) -> Account:
+        """What the bytes are for, and where they lie: device and host, loading and running."""
+        return account_of(self)
 
     @property
     def interval_bytes(self) -> tuple[int, int] | None:
@@ -138,39 +153,7 @@ class MemoryEstimate:
 
     def to_dict(self) -> dict[str, Any]:
         """The estimate as plain data; keys named `*_bytes` are bytes."""
-        return {
-            "precision": self.precision,
-            "weights_bytes": self.weights_bytes,
-            "inputs_bytes": self.inputs_bytes,
-            "activations_bytes": self.activations_bytes,
-            "peak_bytes": self.peak_bytes,
-            "reserved_bytes": self.reserved_bytes,
-            "load_peak_bytes": self.load_peak_bytes,
-            "layers": [
-                {"name": name, "format": fmt, "layer_bytes": n} for name, fmt, n in self.layers
-            ],
-            "timeline": [{"module": name, "live_bytes": n} for name, n in self.timeline],
-            "notes": self.notes,
-            "target": self.target,
-            "kept_bytes": self.kept_bytes,
-            "activations_interval_bytes": self.activations_interval_bytes,
-            "interval_bytes": self.interval_bytes,
-            "interval_from": self.interval_from,
-            "predicted_bytes": self.predicted_bytes,
-            "calibrated": None if self.calibrated is None else asdict(self.calibrated),
-            "shapes": [{"name": name, "activations_bytes": n} for name, n in self.shapes.items()],
-            "generation": None if self.generation is None else asdict(self.generation),
-            "probes": {"run": self.probes[0], "seconds": self.probes[1]},
-            "at_peak": [
-                {
-                    "operator": tag.operator,
-                    "module": tag.module,
-                    "phase": tag.phase,
-                    "live_bytes": n,
-                }
-                for tag, n in self.at_peak()
-            ],
-        }
+        return data_of(self)
 
     def at_peak(self, count: int = 10) -> list[tuple[Tag, int]]:
         """What holds the most at the call's highest point: (operator, module, phase), bytes."""
@@ -179,30 +162,19 @@ class MemoryEstimate:
         return list(self.trace.alive_at_peak().items())[:count]
 
     def __str__(self) -> str:
-        lines = [f"weights      {format_size(self.weights_bytes):>12}  ({self.precision})"]
-        if self.activations_bytes is not None and self.peak_bytes is not None:
-            lines += [
-                f"activations  {format_size(self.activations_bytes):>12}  (highest in one call)",
-                f"peak         {format_size(self.peak_bytes):>12}",
-                f"inputs       {format_size(self.inputs_bytes):>12}  (not counted above)",
-            ]
-        reserved = self.reserved_bytes
-        if reserved is not None:
-            lines.append(f"reserved     {format_size(reserved):>12}  (by torch's allocator)")
-        lines += [f"  shape {name}: {format_size(n)}" for name, n in self.shapes.items()]
-        return "\n".join(lines + [f"note: {note}" for note in self.notes])
+        return text_of(self)
 
     def _repr_html_(self) -> str:
-        from .report.html import table
+        return html_of(self)
 
-        rows = [(name, fmt, format_size(n)) for name, fmt, n in self.layers]
-        return table(("layer", "format", "bytes"), rows, caption=str(self))
+    def plot(self, limit: float | str | None = None) -> Any:
+        """A matplotlib figure of what is alive over loading and the call, with the peak marked.
 
-    def plot(self) -> Any:
-        """A matplotlib figure of the timeline."""
-        from .report.plots import estimate_figure
+        `limit`, GiB as a number or text such as "6 GB", is drawn as a line.
+        """
+        from .report.timeline import estimate_figure
 
-        return estimate_figure(self)
+        return estimate_figure(self, limit)
 
 
 def estimate(
@@ -217,6 +189,8 @@ def estimate(
     generate: int = 0,
     shapes: Mapping[str, Any] | None = None,
     calibrated: bool = True,
+    plan: Plan | None = None,
+    context: int | float | str | None = None,
 ) -> MemoryEstimate:
     """Predict the memory that `model` will take, without running it or reading its weights.
 
@@ -239,6 +213,10 @@ def estimate(
         shapes: Several inputs by name, in place of `inputs`; the largest counts.
         calibrated: Whether what earlier real runs of this call measured (`vramkit.verify`) takes
             the prediction's place.
+        plan: A plan of this model, in place of `precision`: its formats, and what of the weights
+            lies on the device, in slots and on the host.
+        context: What a CUDA process takes beside torch's allocator: GiB as a number, or text such
+            as "400 MB"; None: an allowance of 512 MiB, which is said to be one.
 
     The model, if one is given, is left as it is. Raises ValueError where the model's control flow
     depends on values that fake tensors do not have, where a custom operator has no fake
@@ -258,6 +236,11 @@ def estimate(
         skeleton = build_skeleton(model)
     stored = stored_tensors(skeleton)
     label = "as it is"
+    if plan is not None:
+        if precision is not None:
+            raise ValueError("give precision or plan, not both: a plan chooses the precisions")
+        plan.check_model(skeleton)
+        precision = {entry.name: entry.format for entry in plan.entries}
     if precision is not None:
         label = "mixed" if isinstance(precision, Mapping) else _label(precision)
         if label != "fp32":
@@ -266,6 +249,9 @@ def estimate(
     found.layers = list(_layer_bytes(skeleton))
     found.tensor_bytes = [t.numel() * t.element_size() for t in _unique_tensors(skeleton)]
     found.load_trace = load_trace(stored, skeleton)
+    found.placement = Placement.of(plan) if plan is not None else None
+    if context is not None:
+        found.context_bytes, found.context_assumed = parse_size(context), False
     if inputs is None and shapes is None:
         return found
     from .probing import Store
@@ -275,8 +261,14 @@ def estimate(
     cases = {"": inputs} if shapes is None else dict(shapes)
     for name, given in cases.items():
         made = replace(found, notes=[], shapes={})
-        copied = meta_copy(skeleton) if len(cases) > 1 else skeleton
+        masks = _masks_of_ones(given, model_dtype(skeleton))
+        copied = meta_copy(skeleton) if masks or len(cases) > 1 else skeleton
         _trace(copied, given, made, aim, store, probe, output_kept, generate)
+        if masks and made.activations_interval_bytes is not None:
+            shown = replace(found, notes=[], shapes={})
+            copied = meta_copy(skeleton)
+            _trace(copied, {**given, **masks}, shown, aim, store, probe, output_kept, generate)
+            _widen(made, shown, list(masks))
         if calibrated:
             _calibrate(made)
         assert made.activations_bytes is not None
@@ -369,6 +361,7 @@ def _trace(
         return loop(recorder) if loop is not None else skeleton(*args, **kwargs)
 
     learned = dry.learned(play, probe=probe, store=store)
+    checked_sum(found.weights_bytes + found.inputs_bytes + learned.peak_bytes)
     found.activations_bytes = found.predicted_bytes = learned.peak_bytes
     found.timeline = learned.trace.timeline()
     found.trace = learned.trace
@@ -377,12 +370,36 @@ def _trace(
     found.generation = loop.found if loop is not None else None
     found.notes += learned.explain(probe)
     found.activations_interval_bytes, found.interval_from = interval_of(
-        learned.peak_bytes,
-        learned.trace.returned_peak(),
-        learned.unprobed,
-        target.kind,
-        loop is not None,
+        learned.peak_bytes, learned.unprobed, target.kind, loop is not None
     )
+
+
+def _masks_of_ones(inputs: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Masks that hide nothing, for those of which only a shape is given."""
+    from .known import LARGEST
+
+    if not isinstance(inputs, Mapping):
+        return {}
+    _, given = call_arguments(inputs, dtype)
+    return {
+        name: torch.ones(value.shape, dtype=value.dtype)
+        for name, value in given.items()
+        if "mask" in name
+        and isinstance(value, Tensor)
+        and value.device.type == "meta"
+        and not value.is_floating_point()
+        and value.numel() <= LARGEST
+    }
+
+
+def _widen(found: MemoryEstimate, shown: MemoryEstimate, names: list[str]) -> None:
+    """Let the interval begin where masks hide nothing, which a model may see and drop."""
+    assert found.activations_interval_bytes is not None
+    if shown.activations_interval_bytes is not None:
+        both = (*found.activations_interval_bytes, *shown.activations_interval_bytes)
+        if (min(both), max(both)) != found.activations_interval_bytes:
+            found.activations_interval_bytes = min(both), max(both)
+            found.interval_from += f"; from {', '.join(names)} of ones to any values"
 
 
 def _calibrate(found: MemoryEstimate) -> None:
@@ -411,24 +428,42 @@ def model_dtype(model: nn.Module) -> torch.dtype:
 
 
 def _is_shape(value: Any) -> bool:
-    return isinstance(value, (tuple, list)) and all(type(v) is int for v in value) and bool(value)
+    if not isinstance(value, (tuple, list)) or not value:
+        return False
+    return all(isinstance(v, Integral) and not isinstance(v, bool) for v in value)
+
+
+def _is_typed(value: Any) -> bool:
+    """Whether a value is (dtype, shape), perhaps with sizes that are no numbers."""
+    if not (isinstance(value, tuple) and len(value) == 2):
+        return False
+    return isinstance(value[0], (str, torch.dtype)) and isinstance(value[1], (tuple, list))
+
+
+def _is_open(value: Any) -> bool:
+    """Whether a value is a shape with sizes that are no numbers: None, names, fractions."""
+    if not isinstance(value, (tuple, list)) or _is_shape(value):
+        return False
+    return any(isinstance(v, Integral) for v in value) and all(
+        v is None or isinstance(v, (Integral, str, float)) for v in value
+    )
 
 
 def _from_shape(value: Any, name: str, dtype: torch.dtype) -> Any:
-    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], (str, torch.dtype)):
-        chosen = getattr(torch, value[0]) if isinstance(value[0], str) else value[0]
-        return torch.empty(checked_shape(value[1], chosen, name), dtype=chosen, device="meta")
-    if _is_shape(value):
-        kind = torch.int64 if name in _INTEGER_INPUTS else dtype
-        return torch.empty(checked_shape(value, kind, name), dtype=kind, device="meta")
-    return value
+    if _is_typed(value):
+        kind, shape = known_dtype(value[0], name), value[1]
+    elif _is_shape(value) or _is_open(value):
+        kind, shape = torch.int64 if name in _INTEGER_INPUTS else dtype, value
+    else:
+        return value
+    return torch.empty(checked_shape(shape, kind, name), dtype=kind, device="meta")
 
 
 def call_arguments(inputs: Any, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """(args, kwargs) of one call; shapes become tensors without memory."""
     if isinstance(inputs, Mapping):
         return (), {k: _from_shape(v, k, dtype) for k, v in inputs.items()}
-    if isinstance(inputs, Tensor) or _is_shape(inputs):
+    if isinstance(inputs, Tensor) or _is_shape(inputs) or _is_typed(inputs) or _is_open(inputs):
         inputs = (inputs,)
     if isinstance(inputs, Sequence) and not isinstance(inputs, (str, bytes)):
         return tuple(_from_shape(v, "", dtype) for v in inputs), {}

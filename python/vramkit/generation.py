@@ -73,6 +73,7 @@ class Loop:
         recorder.begin("prefill")
         out = self.model(**self._step(ids, mask, None, 0, others))
         cache = out.past_key_values
+        _mark(recorder, cache)
         others = {k: v for k, v in others.items() if k not in _FIRST_ONLY}
         ids, mask = self._next(ids, mask, out)
         del out
@@ -83,6 +84,7 @@ class Loop:
             recorder.begin(f"decode {done + 1}")
             out = self.model(**self._step(ids, mask, cache, 1, others))
             cache = out.past_key_values
+            _mark(recorder, cache)
             ids, mask = self._next(ids, mask, out)
             del out
             done += 1
@@ -150,6 +152,7 @@ class Loop:
                 mask = torch.cat([mask, mask.new_ones((mask.shape[0], count))], dim=-1)
         for tensor in (*(t for layer in layers for t in _pair(layer)), ids, mask):
             recorder.follow(tensor, recorder.current_tag("cache"))
+        _mark(recorder, cache)
         return 1 + count, ids, mask
 
 
@@ -169,14 +172,27 @@ def _growing(cache: Any) -> Iterator[Any]:
             yield layer
 
 
-def _bytes(cache: Any) -> int:
-    """Bytes of all tensors in a cache, each storage once."""
+def _tensors_of(cache: Any) -> dict[int, Tensor]:
+    """All tensors in a cache, by identity."""
     parts = [cache]
     parts += [getattr(cache, f"{kind}_attention_cache", None) for kind in ("self", "cross")]
-    found: dict[Any, int] = {}
+    found: dict[int, Tensor] = {}
     for part in parts:
         for layer in getattr(part, "layers", ()):
             for value in vars(layer).values():
                 if isinstance(value, Tensor):
-                    found[id(value)] = value.untyped_storage().nbytes()
-    return sum(found.values())
+                    found[id(value)] = value
+    return found
+
+
+def _bytes(cache: Any) -> int:
+    """Bytes of all tensors in a cache, each once."""
+    return sum(t.untyped_storage().nbytes() for t in _tensors_of(cache).values())
+
+
+def _mark(recorder: Recorder, cache: Any) -> None:
+    """Let the trace know which blocks are the cache's."""
+    for tensor in _tensors_of(cache).values():
+        block = recorder.blocks.get(tensor.untyped_storage(), 0)
+        if block:
+            recorder.recording.cache.add(block)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import os
 
     import torch
+    from torch import nn
 
     from .model_handle import ModelHandle
     from .model_manager import VRAMEfficientModelManager
@@ -58,6 +59,8 @@ class Component:
     mode: PrecisionMode | None = None  # of the model in memory
     shapes: list[TensorShape] | None = None  # before conversion, from the latest load
     measured: dict[PrecisionMode, int] = field(default_factory=dict)
+    inputs: Any = None  # of an example call, for estimates of its peak
+    estimates: dict[PrecisionMode, dict[str, Any]] = field(default_factory=dict)
 
 
 class Load:
@@ -143,3 +146,70 @@ def _converted_bytes(
     from .skeleton import build_skeleton
 
     return bytes_in(build_skeleton(checkpoint), mode, device), "from the checkpoint's header"
+
+
+CALL_KEYS = ("activations_bytes", "peak_bytes", "interval_bytes")
+
+
+def known_call(
+    component: Component, mode: PrecisionMode, device: str | torch.device | None
+) -> dict[str, Any]:
+    """What a call on the component's example inputs takes: `CALL_KEYS` and "call_source".
+
+    The keys are None where nothing says what a call is, or the model cannot be traced; then
+    "call_source" says why. An answer is kept for as long as the component is registered.
+    """
+    if mode in component.estimates:
+        return component.estimates[mode]
+    nothing = dict.fromkeys(CALL_KEYS)
+    if component.inputs is None:
+        why = "no example inputs: register(…, inputs=…) makes activations and the peak known"
+        return {**nothing, "call_source": why}
+    try:
+        skeleton, source = _skeleton_in(component, mode, device)
+        if skeleton is None:
+            return {**nothing, "call_source": source}
+        from .estimator import estimate
+
+        found = estimate(skeleton, None, component.inputs, target=_target(device))
+    except (OSError, ValueError, RuntimeError, TypeError, ImportError) as error:
+        return {**nothing, "call_source": f"its call cannot be traced: {error}"}
+    answer: dict[str, Any] = {key: getattr(found, key) for key in CALL_KEYS}
+    answer["interval_bytes"] = found.interval_bytes and list(found.interval_bytes)
+    answer["call_source"] = f"traced {source}; interval: {found.interval_from}"
+    component.estimates[mode] = answer
+    return answer
+
+
+def _target(device: str | torch.device | None) -> str:
+    return "cuda" if device is not None and str(device).startswith("cuda") else "cpu"
+
+
+def _skeleton_in(
+    component: Component, mode: PrecisionMode, device: str | torch.device | None
+) -> tuple[nn.Module | None, str]:
+    """(the model as it will be in `mode`, without memory, or None; where from or why not)."""
+    from torch import nn
+
+    from .estimator import meta_copy
+    from .model_objects import PLAIN_MODES, apply_precision
+    from .skeleton import MANIFEST, build_skeleton
+
+    model = component.model
+    if isinstance(model, nn.Module) and (component.mode is mode or component.mode in PLAIN_MODES):
+        skeleton, source = meta_copy(model), "on the shapes of the model in memory"
+        if component.mode is mode:
+            return skeleton, source
+    elif model is not None and not isinstance(model, nn.Module):
+        return None, "it is an object of several modules: vramkit.estimate_pipeline traces such"
+    elif component.checkpoint is None:
+        return None, "not loaded yet, and no checkpoint says what model it is"
+    elif not (Path(component.checkpoint) / "config.json").is_file():
+        return None, "not loaded yet, and the checkpoint has no config.json to say what model it is"
+    elif (Path(component.checkpoint) / MANIFEST).is_file():
+        return None, "its checkpoint is converted already; known once it has been loaded"
+    else:
+        skeleton = build_skeleton(component.checkpoint)
+        source = "on the checkpoint's header and configuration"
+    apply_precision(skeleton, mode)
+    return skeleton, source

@@ -29,7 +29,7 @@ from .hardware import (
     run_with_precision,
     setup_optimal_precision,
 )
-from .managed import EVENTS, Component, Load, ManagerEvent, known_bytes
+from .managed import EVENTS, Component, Load, ManagerEvent, known_bytes, known_call
 from .manager_config import read_config, write_config
 from .precision import PrecisionMode
 from .sizes import format_size, parse_size
@@ -104,6 +104,7 @@ class VRAMEfficientModelManager:
         precision: PrecisionMode | str | None = None,
         *,
         checkpoint: str | os.PathLike[str] | None = None,
+        inputs: Any = None,
     ) -> None:
         """Make a model known by name; nothing is loaded.
 
@@ -115,6 +116,8 @@ class VRAMEfficientModelManager:
             precision: Of this component; None for the manager's.
             checkpoint: A safetensors file or a folder with some, from which sizes are known before
                 the first load. Its headers are read when sizes are asked for.
+            inputs: Of an example call, tensors or shapes as for `vramkit.estimate`: what the call
+                takes is then estimated too. A loader may declare them as `loader.inputs`.
 
         Raises TypeError or ValueError for bad arguments, and ValueError if the name is loaded.
         """
@@ -125,6 +128,8 @@ class VRAMEfficientModelManager:
         mode = None if precision is None else PrecisionMode.parse(precision)
         if checkpoint is None:
             checkpoint = getattr(loader, "checkpoint", None)
+        if inputs is None:
+            inputs = getattr(loader, "inputs", None)
         with self._lock:
             known = self._components.get(name)
             if known is not None:
@@ -136,7 +141,7 @@ class VRAMEfficientModelManager:
                     ) from error
                 del self._by_id[known.id]
             component = Component(
-                self._next_id, name, loader, self._saved.get(name, mode), checkpoint
+                self._next_id, name, loader, self._saved.get(name, mode), checkpoint, inputs=inputs
             )
             self._next_id += 1
             self._ledger.add(component.id)
@@ -315,8 +320,12 @@ class VRAMEfficientModelManager:
         Text under `current_precision`, `p3sam_estimate`, `partformer_estimate` and `note`. Numbers
         under `components`: by name {precision, weights_bytes, loaded, source}; `weights_bytes` is
         None where nothing says what the weights are. `loaded_bytes`: of all models in memory;
-        `budget_bytes`: None without a budget. Activations are not part of it: see
-        `vramkit.estimate`.
+        `budget_bytes`: None without a budget.
+
+        Where a component has example inputs, a call on them is estimated (`vramkit.estimate`):
+        {activations_bytes, peak_bytes, interval_bytes} beside the weights, and under `call_source`
+        where they come from. They are None, and it says why, where the model is not known before
+        it is loaded or cannot be traced. What a loader takes while it loads is not known.
         """
         with self._lock:
             mode = self._mode
@@ -330,6 +339,7 @@ class VRAMEfficientModelManager:
                 "loaded": self._ledger.entry(component.id).generation == component.generation
                 and component.storages is not None,
                 "source": source,
+                **known_call(component, wanted, self._device),
             }
 
         def text(name: str) -> str:
@@ -339,13 +349,20 @@ class VRAMEfficientModelManager:
             if known["weights_bytes"] is None:
                 return f"unknown: {known['source']}"
             size = format_size(known["weights_bytes"])
-            return f"{size} of weights in {known['precision']} ({known['source']})"
+            words = f"{size} of weights in {known['precision']} ({known['source']})"
+            if known["peak_bytes"] is not None:
+                words += f"; {format_size(known['peak_bytes'])} at the peak of a call"
+            return words
+
+        note = "weights only: activations, workspaces and the CUDA context come on top"
+        if any(known["peak_bytes"] is not None for known in sizes.values()):
+            note = "weights, and the peak of a call where it is said; the CUDA context comes on top"
 
         return {
             "current_precision": mode.value,
             "p3sam_estimate": text(P3SAM),
             "partformer_estimate": text(PARTFORMER),
-            "note": "weights only: activations, workspaces and the CUDA context come on top",
+            "note": note,
             "components": sizes,
             "loaded_bytes": sum(self.loaded_models().values()),
             "budget_bytes": self._ledger.budget,

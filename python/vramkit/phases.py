@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from .breaks import checked_sum
 from .convert import Precision, convert
+from .estimate_report import pipeline_html, pipeline_text
 from .estimator import call_arguments, meta_copy, model_dtype, weight_bytes
-from .sizes import format_size
+from .intervals import interval_of
 from .targets import Target, parse_target
 
 if TYPE_CHECKING:
@@ -49,22 +51,41 @@ class PipelineEstimate:
         phases: In the order in which they run.
         notes: What the figures leave out or assume.
         trace: Every allocation and release of the calls.
+        activations_interval_bytes: (low, high) of the calls' highest point; None where nothing is
+            known.
+        interval_from: Where the interval comes from, or why there is none.
     """
 
     components: dict[str, int]
     phases: list[PhaseEstimate]
     notes: list[str] = field(default_factory=list)
     trace: Trace | None = field(default=None, repr=False)
+    activations_interval_bytes: tuple[int, int] | None = None
+    interval_from: str = ""
 
     @property
     def peak_bytes(self) -> int:
         """The highest of all phases."""
         return max(phase.peak_bytes for phase in self.phases)
 
+    @property
+    def interval_bytes(self) -> tuple[int, int] | None:
+        """(low, high) of peak_bytes; the calls' interval in proportion, on top of the weights."""
+        if self.activations_interval_bytes is None or not self.phases:
+            return None
+        calls = max(phase.activations_bytes for phase in self.phases) or 1
+        low, high = self.activations_interval_bytes
+        return (
+            max(p.weights_bytes + p.activations_bytes * low // calls for p in self.phases),
+            max(p.weights_bytes - -p.activations_bytes * high // calls for p in self.phases),
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """The estimate as plain data."""
         return {
             "peak_bytes": self.peak_bytes,
+            "interval_bytes": self.interval_bytes,
+            "interval_from": self.interval_from,
             "components": [
                 {"name": name, "weights_bytes": n} for name, n in self.components.items()
             ],
@@ -81,13 +102,19 @@ class PipelineEstimate:
         }
 
     def __str__(self) -> str:
-        lines = [f"{'phase':24} {'weights':>12} {'activations':>12} {'peak':>12}"]
-        lines += [
-            f"{p.name:24} {format_size(p.weights_bytes):>12} "
-            f"{format_size(p.activations_bytes):>12} {format_size(p.peak_bytes):>12}"
-            for p in self.phases
-        ]
-        return "\n".join(lines + [f"note: {note}" for note in self.notes])
+        return pipeline_text(self)
+
+    def _repr_html_(self) -> str:
+        return pipeline_html(self)
+
+    def plot(self, limit: float | str | None = None) -> Any:
+        """A matplotlib figure of what is alive over the phases, with the peak marked.
+
+        `limit`, GiB as a number or text such as "6 GB", is drawn as a line.
+        """
+        from .report.timeline import pipeline_figure
+
+        return pipeline_figure(self, limit)
 
 
 def estimate_pipeline(
@@ -148,7 +175,9 @@ def estimate_pipeline(
     notes = learned.explain(probe)
     if resident == "one":
         notes.append("moving components in and out, while both are there in part, is not counted")
-    return PipelineEstimate(weights, found, notes, learned.trace)
+    checked_sum(sum(weights.values()) + learned.peak_bytes)
+    interval, source = interval_of(learned.peak_bytes, learned.unprobed, aim.kind, False)
+    return PipelineEstimate(weights, found, notes, learned.trace, interval, source)
 
 
 def _skeleton(model: Model, precision: Precision | None) -> nn.Module:

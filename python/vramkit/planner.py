@@ -33,6 +33,7 @@ from .verification import target_of
 if TYPE_CHECKING:
     from .calibration import Calibration
     from .running import Output
+    from .sensitivity_table import Sensitivity
 
 # Enough elements that a weight's error is known to well under a percent, whatever its size.
 SAMPLE_ELEMENTS = 1 << 22
@@ -85,6 +86,7 @@ def plan(
     output: Output | None = None,
     calibration: Calibration | None = None,
     progress: bool | Progress = False,
+    sensitivity: Sensitivity | None = None,
     read_weight: Callable[[Candidate], torch.Tensor] | None = None,
     tiers: Iterable[str] = ("device",),
     host_limit: int | float | str | None = None,
@@ -108,12 +110,14 @@ def plan(
         formats: What to choose from, besides leaving a layer as it is.
         skip: Layers to leave plain, as in `convert`.
         batches: Data like that of later use, to measure on: a layer then counts by the error of the
-            model's output with this layer alone stored. One pass for each layer and format; some
-            hundred samples will do.
+            model's output with this layer alone stored, as `vramkit.sensitivity` measures it by
+            "output". A few passes for each layer; some hundred samples will do.
         output: What of the model's result is the output, as for `vramkit.compare`.
         calibration: A `Calibration` collected on this model, if `apply` will be given it: what is
             measured is then rounded by it.
-        progress: True for a progress bar over the bytes analysed.
+        sensitivity: What `vramkit.sensitivity` found of this model, instead of batches.
+        progress: True for a progress bar over the bytes analysed (with batches, after one over the
+            layers measured).
         read_weight: Gives a layer's weight where the model has none in memory.
         tiers: Where layers may lie: "device", and streamed in every pass "host" and "disk".
         host_limit: Bounds what lies on the host; None: all that is asked for.
@@ -145,6 +149,9 @@ def plan(
     if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
         raise ValueError(f"rows is a number of rows from 1 on, got {rows!r}")
     found, left_out = candidates(model, skip)
+    if sensitivity is not None:
+        sensitivity.check_model(candidates(model)[0])
+        formats = sensitivity.chosen(formats)
     chosen = [storage_format(f) for f in formats]
     original = sum(c.original_bytes for c in found)
     settled = Rules.of(found, chosen, pin or {}, rules or {}, places)
@@ -154,21 +161,22 @@ def plan(
         call = estimate(model, inputs=inputs, target=target_of(model))
         parts.add_activations(call.activations_bytes or 0)
         peak = True
-    cost: Cost = _weight_cost
     if batches is not None:
         if read_weight is not None:
-            raise ValueError("batches= needs the model's weights in memory")
-        from .sensitivity import OutputErrors
-
-        measured = OutputErrors(model, batches, output, calibration)
-
-        def cost(candidate: Candidate, matrix: torch.Tensor, fmt: StorageFormat) -> float:
-            return measured.of(candidate, fmt)
-
+            raise ValueError(
+                "batches= needs the model's weights in memory; measure a checkpoint with "
+                "vramkit.sensitivity(path, batches), and give sensitivity="
+            )
+        if sensitivity is not None:
+            raise ValueError("give batches or sensitivity, not both")
+        sensitivity = _measured(
+            model, found, settled, batches, output, calibration, progress=progress
+        )
     elif calibration is not None or output is not None:
         raise ValueError(
             "calibration= and output= say how to measure on batches=, which is missing"
         )
+    cost: Cost = _weight_cost if sensitivity is None else sensitivity.costs()
     layers: list[Layer] = []
     with progress_bar(progress, original * len(chosen), "analyse") as advance:
         for candidate in found:
@@ -241,11 +249,40 @@ def _places(tiers: Iterable[str], prefer: str, max_quality_loss: float | None) -
     return tuple(tier for tier in TIERS if tier in asked)
 
 
-Cost = Callable[[Candidate, torch.Tensor, StorageFormat], float]
+# None: the layer cannot have the format.
+Cost = Callable[[Candidate, torch.Tensor, StorageFormat], float | None]
 
 
-def _weight_cost(candidate: Candidate, matrix: torch.Tensor, fmt: StorageFormat) -> float:
+def _weight_cost(candidate: Candidate, matrix: torch.Tensor, fmt: StorageFormat) -> float | None:
     return weight_error(matrix, fmt)
+
+
+def _measured(
+    model: nn.Module,
+    found: Sequence[Candidate],
+    settled: Rules,
+    batches: Iterable[Any],
+    output: Output | None,
+    calibration: Calibration | None,
+    *,
+    progress: bool | Progress,
+) -> Sensitivity:
+    """What the layers cost by data, in the formats that rules and pins leave to each."""
+    from .running import checked
+    from .sensitivities import measure_sensitivity
+    from .sensitivity_store import store_for
+
+    return measure_sensitivity(
+        model,
+        found,
+        {candidate.name: settled.analysed(candidate) for candidate in found},
+        list(checked(batches)),
+        method="output",
+        output=output,
+        calibration=calibration,
+        progress=progress,
+        store=store_for(True),
+    )
 
 
 def _choices(
@@ -270,7 +307,9 @@ def _choices(
             except VramkitError:
                 advance(candidate.original_bytes, candidate.name)
                 continue  # this format cannot hold the weight; the others are still offered
-            options.append(Option(fmt.name, size, cost(candidate, matrix, fmt)))
+            error = cost(candidate, matrix, fmt)
+            if error is not None:
+                options.append(Option(fmt.name, size, error))
         advance(candidate.original_bytes, candidate.name)
     return options
 

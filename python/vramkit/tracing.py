@@ -79,43 +79,38 @@ class Trace:
 
     def peak(self, phase: str | None = None) -> int:
         """The most bytes alive at once; with `phase`, at that phase's own allocations."""
-        after = self.live()
-        if phase is None:
-            return max(after, default=0)
-        chosen = [tag.phase == phase for tag in self.tags]
-        inside = (
-            now
-            for now, (_, size, _, tag) in zip(after, self, strict=True)
-            if chosen[tag] and size != RELEASE
-        )
-        return max(inside, default=0)
+        if phase is not None:
+            return self.phase_peaks().get(phase, 0)
+        return max(self.live(), default=0)
 
-    def returned_peak(self) -> int:
-        """The most bytes alive at once of what operators return, without what is inside them."""
-        sizes: dict[int, int] = {}
-        now = peak = 0
-        for block, size, _, _ in self:
-            if block > self.outer:
-                continue
-            if size == RELEASE:
-                now -= sizes.pop(block)
-            else:
-                sizes[block] = size
-                now += size
-                peak = max(peak, now)
-        return peak
+    def phase_peaks(self) -> dict[str, int]:
+        """The most bytes alive at each phase's own allocations, in order."""
+        peaks = dict.fromkeys(self.phases(), 0)
+        names = [tag.phase for tag in self.tags]
+        for now, (_, size, _, tag) in zip(self.live(), self, strict=True):
+            if size != RELEASE and now > peaks[names[tag]]:
+                peaks[names[tag]] = now
+        return peaks
 
     def phases(self) -> list[str]:
         """Names of the phases, in order."""
         return list(dict.fromkeys(tag.phase for tag in self.tags))
 
-    def alive_at_peak(self) -> dict[Tag, int]:
-        """Bytes alive at the peak by what put them there, the largest first."""
-        after = self.live()
-        found: Counter[Tag] = Counter()
-        if not after:
-            return {}
-        place = after.index(max(after))
+    def kind(self, block: int) -> str:
+        """What a block is: "cache", "workspaces" (within an operator), or "activations"."""
+        if block in self.cache:
+            return "cache"
+        return "workspaces" if block > self.outer else "activations"
+
+    def kinds_at_peak(self) -> dict[str, int]:
+        """Bytes alive at the peak by `kind`, all three of them."""
+        sums = dict.fromkeys(("cache", "activations", "workspaces"), 0)
+        for block, size, _ in self._at_peak():
+            sums[self.kind(block)] += size
+        return sums
+
+    def alive_at(self, place: int) -> list[tuple[int, int, int]]:
+        """(block, bytes, tag) of what is alive after the event `place`."""
         alive: dict[int, tuple[int, int]] = {}
         for index, (block, size, _, tag) in enumerate(self):
             if index > place:
@@ -124,7 +119,16 @@ class Trace:
                 del alive[block]
             else:
                 alive[block] = (size, tag)
-        for size, tag in alive.values():
+        return [(block, size, tag) for block, (size, tag) in alive.items()]
+
+    def _at_peak(self) -> list[tuple[int, int, int]]:
+        after = self.live()
+        return self.alive_at(after.index(max(after))) if after else []
+
+    def alive_at_peak(self) -> dict[Tag, int]:
+        """Bytes alive at the peak by what put them there, the largest first."""
+        found: Counter[Tag] = Counter()
+        for _, size, tag in self._at_peak():
             found[self.tags[tag]] += size
         return dict(found.most_common())
 

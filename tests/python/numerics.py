@@ -134,3 +134,12 @@ PROBED_PEAK = 0.005
 # oneDNN, which for small transposed convolutions makes up a tenth. (The promise, 10 % in 90 % of a
 # zoo, is the suite `estimate` of the benchmarks.)
 RULED_PEAK = 0.15
+
+
+def squared_difference(error: float, length: int, more: float = 0.0) -> float:
+    """Relative tolerance of ||a - b||^2 / ||b||^2 = `error`, a and b sums in float32.
+
+    Each is off by accumulation_bound(length) of its size (and by `more` beside), their difference
+    by twice that, and the square of the difference by twice its share of it.
+    """
+    return 4 * (accumulation_bound(length) + more) / math.sqrt(error)

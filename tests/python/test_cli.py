@@ -65,6 +65,33 @@ def test_estimate_of_an_entry_point(workplace: Path) -> None:
     assert rows["int8"]["inputs_bytes"] == 2 * 96 * 4
 
 
+def test_estimate_prints_one_in_full_and_draws(workplace: Path) -> None:
+    pytest.importorskip("matplotlib")
+    arguments = ("estimate", "factory_for_cli:build", "--inputs", "2x96", "--precision")
+    done = CliRunner().invoke(main, [*arguments, "nf4", "--picture", "a.svg", "--vram-limit", "1"])
+    assert done.exit_code == 0, done.output
+    for words in ("interval exact", "peak, load", "weights, nf4", "picture: a.svg"):
+        assert words in done.output
+    assert Path("a.svg").read_text().startswith("<?xml")
+    found = run(*arguments, "fp32,int8", "--picture", "b.png", "--target", "cuda:8.9",
+                "--context", "100 MB")  # fmt: skip
+    assert all(Path(f"b-{name}.png").read_bytes()[:4] == b"\x89PNG" for name in ("fp32", "int8"))
+    for row in found["estimates"]:
+        account = row["account"]
+        context = [line for line in account["lines"] if line["name"] == "CUDA context"]
+        assert context[0]["device_bytes"] == 100_000_000
+        assert account["device_bytes"] > row["reserved_bytes"] + 100_000_000
+        assert row["interval_bytes"] is None
+
+
+def test_estimate_of_a_plan(workplace: Path) -> None:
+    run("plan", "factory_for_cli:build", "--vram-limit", "20 KiB", "--save", "plan.json")
+    found = run("estimate", "factory_for_cli:build", "--inputs", "2x96", "--plan", "plan.json")
+    (row,) = found["estimates"]
+    assert row["weights_bytes"] == vramkit.Plan.load("plan.json").weights_bytes
+    assert row["interval_bytes"] == [row["peak_bytes"]] * 2
+
+
 def test_convert_fit_and_load(workplace: Path) -> None:
     arguments = ("weights.safetensors", "--factory", "factory_for_cli:build")
     found = run("convert", arguments[0], "out", *arguments[1:], "--precision", "int8")
@@ -91,7 +118,7 @@ def test_fit_runs_the_result_once(workplace: Path) -> None:
     checkpoint = ("weights.safetensors", "fitted", "--factory", "factory_for_cli:build")
     for where in (checkpoint, ("factory_for_cli:build", "fitted-too")):
         found = run("fit", *where, *arguments)["first_run"]
-        assert found["measured"] == found["estimated"]
+        assert {**found["measured"], "kept_bytes": 0} == found["estimated"]
         assert found["within_limit"]
         assert found["measured"]["activations_bytes"] > 0
     assert "first_run" not in run("fit", "factory_for_cli:build", "c", *arguments, "--no-verify")
@@ -101,6 +128,22 @@ def test_plan_saves_and_prints(workplace: Path) -> None:
     found = run("plan", "factory_for_cli:build", "--vram-limit", "20 KB", "--save", "plan.json")
     assert found["weights_bytes"] <= 20_000
     assert json.loads(Path("plan.json").read_text())["entries"] == found["entries"]
+
+
+def test_sensitivity_is_saved_and_planned_by(workplace: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"input": torch.randn(4, 96)}, "batch.safetensors")
+    source = ("weights.safetensors", "--factory", "factory_for_cli:build")
+    options = ("--format", "int8", "--format", "int4", "--no-cache", "--save", "found.json")
+    found = run("sensitivity", *source, "--batch", "batch.safetensors", *options)
+    assert found["method"] == "layer"
+    assert json.loads(Path("found.json").read_text()) == found
+    made = run("plan", *source, "--vram-limit", "20 KB", "--sensitivity", "found.json")
+    errors = {layer["name"]: layer["errors"] for layer in found["layers"]}
+    for entry in made["entries"]:
+        assert entry["error"] == errors[entry["name"]][entry["format"]]
+    assert run("sensitivity", *source, "--no-cache")["method"] == "weights"
 
 
 def test_plan_prints_what_is_possible(workplace: Path) -> None:

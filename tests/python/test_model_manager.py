@@ -16,11 +16,15 @@ import weakref
 import pytest
 import torch
 import vramkit
+import vramkit.measure
+from numerics import PROBED_PEAK
 from safetensors.torch import save_file
 from torch import nn
 from vramkit import BudgetError, PrecisionMode, StaleHandleError, _core
+from vramkit.estimator import model_dtype
 from vramkit.model_manager import VRAMEfficientModelManager
 from vramkit.model_objects import find_modules
+from vramkit.sizes import format_size
 
 BYTES = 4 * (64 * 64 + 64)  # of linear(), in fp32
 
@@ -492,6 +496,76 @@ def test_estimate_of_a_missing_checkpoint_says_so(manager, tmp_path):
     found = manager.get_memory_usage_estimate()["components"]["a"]
     assert found["weights_bytes"] is None
     assert "gone" in found["source"]
+
+
+def test_estimate_of_a_call_where_its_inputs_are_known(manager):
+    """The documented keys stay; what the peak is made of comes beside them."""
+
+    def build():
+        return nn.Sequential(linear(), nn.GELU(), linear()).eval()
+
+    manager.register("p3sam", build, inputs=(16, 64))
+    found = manager.get_memory_usage_estimate()
+    assert found["components"]["p3sam"]["peak_bytes"] is None
+    assert "not loaded yet" in found["components"]["p3sam"]["call_source"]
+    assert found["note"].startswith("weights only")
+    for mode in ("fp32", "nf4", "bf16"):
+        manager.set_precision_mode(mode)
+        manager.get("p3sam")
+        found = manager.get_memory_usage_estimate()
+        assert list(found)[:4] == [
+            "current_precision", "p3sam_estimate", "partformer_estimate", "note",
+        ]  # fmt: skip
+        p3sam = found["components"]["p3sam"]
+        with manager.lease("p3sam") as model:
+            x = torch.randn(16, 64, dtype=model_dtype(model))
+            real = vramkit.measure.call(model, x, repeats=1)
+        assert p3sam["weights_bytes"] == real.weights_bytes
+        assert p3sam["peak_bytes"] == pytest.approx(real.peak_bytes, rel=PROBED_PEAK)
+        assert p3sam["interval_bytes"] == [p3sam["peak_bytes"]] * 2
+        assert "at the peak of a call" in found["p3sam_estimate"]
+        assert found["p3sam_estimate"].startswith(format_size(real.weights_bytes))
+        assert json.loads(json.dumps(found)) == found
+
+
+def test_estimate_of_a_call_says_why_it_cannot(manager):
+    class Deciding(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    manager.register("pipeline", lambda: Wrapper(linear()), inputs=(16, 64))
+    manager.register("deciding", lambda: nn.Sequential(linear(), Deciding()), inputs=(16, 64))
+    manager.register("wrong", linear, inputs=(16, 65))
+    manager.register("silent", linear)
+    reasons = {
+        "pipeline": "several modules",
+        "deciding": "decides by the values",
+        "wrong": "cannot be traced",
+        "silent": "no example inputs",
+    }
+    for name, reason in reasons.items():
+        manager.get(name)
+        found = manager.get_memory_usage_estimate()["components"][name]
+        assert found["peak_bytes"] is None
+        assert reason in found["call_source"]
+        assert found["weights_bytes"]
+
+
+def test_estimate_of_a_call_from_a_checkpoints_folder(manager, minilm_path):
+    shapes = {"input_ids": (2, 8), "attention_mask": (2, 8)}
+
+    def load():
+        raise AssertionError("nothing is to be loaded")
+
+    load.checkpoint, load.inputs = minilm_path, shapes
+    manager.register("p3sam", load, "int8")
+    found = manager.get_memory_usage_estimate()["components"]["p3sam"]
+    model = vramkit.load(minilm_path).bfloat16()  # what the manager computes in
+    vramkit.convert(model, "int8")
+    expected = vramkit.estimate(model, None, shapes)
+    assert found["peak_bytes"] == expected.peak_bytes
+    assert found["interval_bytes"] == list(expected.interval_bytes)
+    assert found["weights_bytes"] == expected.weights_bytes
 
 
 class Wrapper:

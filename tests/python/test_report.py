@@ -445,19 +445,6 @@ def test_plan_figure_shows_the_bytes() -> None:
     assert len(plan_figure(make_plan(800)).axes[0].get_yticks()) <= 48
 
 
-def test_estimate_figure_shows_the_timeline() -> None:
-    pytest.importorskip("matplotlib")
-    from vramkit.report.plots import estimate_figure
-
-    (axes,) = estimate_figure(make_estimate()).axes
-    values = axes.patches[-1].get_data().values
-    assert list(values) == [100 * (i % 7) for i in range(20)]
-    assert "peak 6.9 KiB" in axes.get_title(loc="left")
-    empty = make_estimate(0)
-    empty.activations_bytes = empty.peak_bytes = None
-    assert "inputs=" in estimate_figure(empty).axes[0].texts[0].get_text()
-
-
 def test_comparison_figure_shows_the_errors() -> None:
     pytest.importorskip("matplotlib")
     from vramkit.report.plots import comparison_figure

@@ -1,4 +1,4 @@
-"""Matplotlib figures of plans, estimates and comparisons; matplotlib is imported when one is made.
+"""Matplotlib figures of plans and comparisons; matplotlib is imported when one is made.
 
 The figures are not pyplot's: they keep no global state, show themselves in notebooks, and are
 written with `.savefig(path)`.
@@ -11,7 +11,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from ..sizes import format_size
-from .layout import error_rows, families, family, layer_rows, thin
+from .layout import error_rows, families, family, layer_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -77,40 +77,6 @@ def plan_figure(plan: Any) -> Figure:
         title += f", limit {format_size(plan.limit_bytes)}"
     axes.set_title(title, loc="left", fontsize=11)
     figure.legend(loc="outside lower left", ncols=6, frameon=False, fontsize=9)
-    return figure
-
-
-def estimate_figure(estimate: Any) -> Figure:
-    """Live bytes of a call, module by module, above its weights (given in the title)."""
-    figure, axes = _figure(4.0)
-    points = thin(estimate.timeline)
-    title = f"weights {format_size(estimate.weights_bytes)}"
-    if points:
-        edges = range(len(points) + 1)
-        axes.stairs([n for _, n in points], edges, fill=True, color=_LINE, alpha=0.25)
-        axes.stairs([n for _, n in points], edges, color=_LINE)
-        ticks = sorted({0, len(points) // 2, len(points) - 1})
-        axes.set_xticks([t + 0.5 for t in ticks], [points[t][0] for t in ticks], fontsize=8)
-        axes.set_xlim(0, len(points))
-    else:
-        axes.text(
-            0.5,
-            0.5,
-            "no timeline: estimate with inputs= to see one",
-            ha="center",
-            va="center",
-            transform=axes.transAxes,
-        )
-        axes.set_xticks([])
-    highest = estimate.activations_bytes
-    if highest is not None:
-        axes.axhline(highest, color="black", linestyle="--", linewidth=1, label="peak of the call")
-        axes.legend(frameon=False, fontsize=9)
-        title += f" + call {format_size(highest)} = peak {format_size(estimate.peak_bytes)}"
-    axes.set_ylim(bottom=0)
-    _size_axis(axes.yaxis, max([highest or 0] + [n for _, n in points]))
-    axes.set_ylabel("memory of the call")
-    axes.set_title(title, loc="left", fontsize=11)
     return figure
 
 
