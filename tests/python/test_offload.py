@@ -15,8 +15,8 @@ import torch
 import vramkit
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from vramkit import enable_vram_management
 from vramkit.estimator import weight_bytes
-from vramkit.offload.manage import enable_vram_management
 from vramkit.offload.session import Lent
 from zoo import ZOO, call
 
@@ -30,7 +30,7 @@ SPECIES = [
 def smallest(model: nn.Module, inputs: Any, folder: Path) -> int:
     """The least limit that a model can be offloaded within, in bytes."""
     with pytest.raises(vramkit.BudgetError) as caught:
-        enable_vram_management(model, "1 B", inputs=inputs, folder=folder)
+        enable_vram_management(model, "1 B", 0, inputs=inputs, folder=folder)
     return caught.value.needed_bytes
 
 
@@ -38,7 +38,7 @@ def offloaded(model: nn.Module, inputs: Any, folder: Path, share: float = 0.0) -
     """Within the least limit, and a share of what lies between it and the whole model."""
     least = smallest(model, inputs, folder)
     limit = least + int((weight_bytes(model) - least) * share)
-    return enable_vram_management(model, f"{limit} B", inputs=inputs, folder=folder)
+    return enable_vram_management(model, f"{limit} B", 0, inputs=inputs, folder=folder)
 
 
 @pytest.mark.parametrize("precision", [None, "int8", "nf4"])
@@ -167,7 +167,7 @@ def test_the_first_call_tells_the_order(tmp_path: Path) -> None:
     model, x = chain()
     expected = model(x)
     limit = smallest(chain()[0], (x,), tmp_path)
-    enable_vram_management(model, f"{limit} B", folder=tmp_path)
+    enable_vram_management(model, f"{limit} B", 0, folder=tmp_path)
     assert not hasattr(model, "vramkit_session")
     with torch.no_grad():
         assert torch.equal(model(x), expected)
@@ -188,6 +188,38 @@ def test_more_room_copies_less(tmp_path: Path) -> None:
         model.vramkit_session.disable()
     assert copied == sorted(copied, reverse=True)
     assert copied[0] > copied[-1] == 0
+
+
+def test_resize(tmp_path: Path) -> None:
+    model, x = chain()
+    expected = model(x).detach()
+    least = smallest(model, (x,), tmp_path)
+    enable_vram_management(model, f"{least} B", 0, inputs=(x,), folder=tmp_path)
+    session = model.vramkit_session
+    with torch.no_grad():
+        for limit in (least, 4 * weight_bytes(model), least):
+            session.resize(f"{limit} B")
+            for _ in range(3):
+                assert torch.equal(model(x), expected)
+            assert session.stats().committed <= session.stats().limit == limit - session.fixed_bytes
+        with pytest.raises(vramkit.BudgetError):
+            session.resize(f"{least - 1} B")
+        assert torch.equal(model(x), expected)
+
+
+def test_the_buffer_and_the_default_limit(tmp_path: Path) -> None:
+    model, x = chain()
+    expected = model(x).detach()
+    needed = smallest(model, (x,), tmp_path)
+    with pytest.raises(vramkit.BudgetError) as caught:
+        enable_vram_management(model, f"{needed} B", "1 KB", inputs=(x,), folder=tmp_path)
+    assert caught.value.needed_bytes == needed + 1000
+    enable_vram_management(model, inputs=(x,), folder=tmp_path)
+    assert torch.equal(model(x), expected)
+    session = model.vramkit_session
+    assert session.stats().residents == len(session.division.blocks)
+    with pytest.raises(TypeError, match="takes a module"):
+        enable_vram_management([model])  # type: ignore[arg-type]
 
 
 def test_several_threads(tmp_path: Path) -> None:
@@ -262,14 +294,14 @@ def test_an_error_in_a_forward_leaves_the_model_usable(tmp_path: Path) -> None:
 def test_bad_input(tmp_path: Path) -> None:
     model, x = chain()
     with pytest.raises(vramkit.BudgetError, match="smallest limit that would do is") as caught:
-        enable_vram_management(model, "100 B", inputs=(x,), folder=tmp_path)
+        enable_vram_management(model, "100 B", 0, inputs=(x,), folder=tmp_path)
     assert list(tmp_path.iterdir()) == []
     assert not any("forward" in m.__dict__ for m in model.modules())
     needed = caught.value.needed_bytes
     with pytest.raises(vramkit.BudgetError):
-        enable_vram_management(model, f"{needed - 1} B", inputs=(x,), folder=tmp_path)
-    enable_vram_management(model, f"{needed} B", inputs=(x,), folder=tmp_path)
+        enable_vram_management(model, f"{needed - 1} B", 0, inputs=(x,), folder=tmp_path)
+    enable_vram_management(model, f"{needed} B", 0, inputs=(x,), folder=tmp_path)
     with pytest.raises(ValueError, match="offloaded already"):
-        enable_vram_management(model, f"{needed} B", inputs=(x,), folder=tmp_path)
+        enable_vram_management(model, f"{needed} B", 0, inputs=(x,), folder=tmp_path)
     with pytest.raises(ValueError, match="nothing of this model can be moved"):
-        enable_vram_management(nn.Linear(8, 8), "1 GB", inputs=((2, 8),), folder=tmp_path)
+        enable_vram_management(nn.Linear(8, 8), "1 GB", 0, inputs=((2, 8),), folder=tmp_path)

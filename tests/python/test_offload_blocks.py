@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from vramkit.offload.blocks import Block, Division, divide, touches_of
 from zoo import ZOO, call
 
@@ -73,7 +73,15 @@ def check_whole(model: nn.Module, division: Division) -> None:
         assert not any(b != a and b.startswith(a + ".") for b in entries)
 
 
-@pytest.mark.parametrize("name", ZOO)
+# test_offload.py has others, with their bytes really gone.
+SPECIES = [
+    "gemma2", "mixtral", "gpt2", "wav2vec2, weight norm", "encodec, weight norm and lstm", "swin",
+    "efficientnet", "unet 2d condition", "qwen-image transformer", "qwen-image vae",
+    "attention with keys and values of other widths", "raw parameters",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPECIES)
 def test_blocks_are_enough(name: str) -> None:
     if importlib.util.find_spec(ZOO[name].package) is None:
         pytest.skip(f"{ZOO[name].package} is not installed")
@@ -89,3 +97,71 @@ def test_blocks_are_enough(name: str) -> None:
         found = call(model, inputs)
     assert torch.equal(found, expected)
     assert calls == division.order
+
+
+def test_a_block_that_is_missing_shows() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    x = torch.randn(3, 64)
+    division = divide(model, touches_of(model, (x,)))
+    assert [block.entries for block in division.blocks] == [["0"], ["1"]]
+    division.blocks[1].entries = []
+    with only_while_called(model, division):
+        assert bool(call(model, (x,)).isnan().all())
+
+
+class Shared(nn.Module):
+    """Two layers with one weight, and a table of which the forward uses a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.second.weight = self.first.weight
+        self.table = nn.Parameter(torch.randn(9, 64))
+        self.unused = nn.Linear(64, 64)
+        self.counting = Counting()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.counting(self.second(torch.tanh(self.first(x))) + self.table[0])
+        return out
+
+
+class Counting(nn.Module):
+    """Changes its parameter in every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = nn.Parameter(torch.zeros(64), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)
+        return x + self.calls
+
+
+def test_what_stays_and_what_is_shared() -> None:
+    torch.manual_seed(0)
+    model, x = Shared(), torch.randn(3, 64)
+    division = divide(model, touches_of(model, (x,)))
+    check_whole(model, division)
+    why = dict(division.stays)
+    assert "model itself" in why["table"]
+    assert "not used" in why["unused.weight"]
+    assert "changes it" in why["counting.calls"]
+    shared = next(b for b in division.blocks if "first.weight" in b.parameters)
+    assert sorted(shared.entries) == ["first", "second"]
+    assert set(shared.parameters) == {"first.weight", "first.bias", "second.bias"}
+    entries = [entry for block in division.blocks for entry in block.entries]
+    assert len(set(entries)) == len(entries)
+    expected = call(model, (x,))
+    model.counting.calls.zero_()
+    with only_while_called(model, division):
+        assert torch.equal(call(model, (x,)), expected)
+
+
+@pytest.mark.parametrize("cap", [1, 70_000, 10**9])
+def test_the_cap(cap: int) -> None:
+    model = nn.Sequential(*[nn.Sequential(nn.Linear(128, 128), nn.ReLU()) for _ in range(6)])
+    division = divide(model, touches_of(model, (torch.randn(2, 128),)), cap)
+    largest = 4 * (128 * 128 + 128)
+    assert all(block.nbytes <= max(cap, largest) for block in division.blocks)
+    assert len(division.blocks) == {1: 6, 70_000: 6, 10**9: 1}[cap]

@@ -207,24 +207,35 @@ class _Tree:
         """All blocks, neighbours together as far as the cap allows; shared parameters alone."""
         apart: dict[tuple[str, ...], list[str]] = {}
         for name, entries in self.shared.items():
-            if self._nested(entries):
-                self.left.append((name, "shared by modules that call others with weights"))
+            taken = {e for key in apart if key != tuple(entries) for e in key}
+            if self._nested(entries) or taken & set(entries):
+                self.left.append((name, "shared by modules that call or share others"))
             else:
                 apart.setdefault(tuple(entries), []).append(name)
         self.shared = {name: list(e) for e, names in apart.items() for name in names}
+        groups = {
+            key: Block(names, list(key), sum(self.sizes[n] for n in names))
+            for key, names in apart.items()
+        }
         blocks: list[Block] = []
         for chunk in self._chunks(""):
-            if blocks and blocks[-1].nbytes + chunk.nbytes <= self.cap:
-                blocks[-1].parameters += chunk.parameters
-                blocks[-1].entries += chunk.entries
-                blocks[-1].nbytes += chunk.nbytes
+            # What else a module with a shared parameter needs comes with that: one block a call.
+            group = next((g for e, g in groups.items() if set(e) & set(chunk.entries)), None)
+            last = blocks[-1] if blocks else None
+            if group is not None:
+                self._add(group, chunk)
+            elif last is not None and last.nbytes + chunk.nbytes <= self.cap:
+                self._add(last, chunk)
             else:
                 blocks.append(chunk)
-        blocks += [
-            Block(names, list(entries), sum(self.sizes[n] for n in names))
-            for entries, names in apart.items()
-        ]
+        blocks += groups.values()
         return blocks
+
+    @staticmethod
+    def _add(block: Block, more: Block) -> None:
+        block.parameters += more.parameters
+        block.entries += [entry for entry in more.entries if entry not in block.entries]
+        block.nbytes += more.nbytes
 
     def _nested(self, entries: Sequence[str]) -> bool:
         """Whether the modules have others with units in them, or are in such ones."""

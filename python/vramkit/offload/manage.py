@@ -24,8 +24,8 @@ SMALL = 256 << 20
 
 def enable_vram_management(
     model: nn.Module,
-    vram_limit: int | float | str,
-    vram_buffer: int | float | str = 0,
+    vram_limit: int | float | str | None = None,
+    vram_buffer: int | float | str = 0.5,
     *,
     inputs: Any = None,
     folder: str | os.PathLike[str] | None = None,
@@ -33,8 +33,9 @@ def enable_vram_management(
     """Keep at most `vram_limit` of the model's weights in memory; the rest is read when needed.
 
     Args:
-        model: A module on the CPU, plain or converted; returned, and changed in place.
-        vram_limit: Bounds the weights in memory: a number of GiB, or text such as "6 GB".
+        model: A module on the CPU, plain or converted; changed in place, and returned.
+        vram_limit: Bounds the weights in memory: a number of GiB, or text such as "6 GB". None: all
+            the memory that is available now.
         vram_buffer: Kept free within the limit.
         inputs: One call's inputs (or their shapes, as for `vramkit.estimate`), from which is seen
             which weights a call uses, and in what order. Without, the first call's inputs serve.
@@ -44,53 +45,68 @@ def enable_vram_management(
     block, ahead of need, past the page cache where the file is not in it. The limit bounds weights:
     a call's own memory comes on top. ``model.vramkit_session`` has `stats`, `resize`, `disable`.
 
-    The parameters stay parameters and can be read, copied, saved and changed at any time. Raises
-    BudgetError, which says the smallest limit that would do, and ValueError where a call cannot be
-    followed on fake tensors; the model is as it was then.
+    The parameters stay parameters, views of the file: they can be read, copied, saved and changed
+    at any time. Raises BudgetError, which says the smallest limit that would do; ValueError where
+    a call cannot be followed on fake tensors, for models on other devices, and where nothing can be
+    moved; OSError where the file cannot be written. The model is as it was then.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"offloading takes a module, not {type(model).__name__}")
     if any(p.device.type != "cpu" for p in model.parameters()):
-        raise ValueError("offloading moves weights of models on the CPU only, so far")
+        raise ValueError("only models on the CPU can be offloaded so far (docs/gpu-status.md)")
     if getattr(model, "vramkit_session", None) is not None:
         raise ValueError("this model is offloaded already; model.vramkit_session.disable() first")
-    room = parse_size(vram_limit) - parse_size(vram_buffer)
+    buffer = parse_size(vram_buffer)
+    limit = _available() if vram_limit is None else parse_size(vram_limit)
     where = os.fspath(folder) if folder is not None else str(cache_folder() / "blocks")
     if inputs is not None:
-        start(model, divide(model, touches_of(model, inputs)), room, where)
+        start(model, divide(model, touches_of(model, inputs)), limit, buffer, where)
         return model
 
     def around(inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         from ..first_run import by_name
 
-        given = by_name(model, args, kwargs)
         del model.__dict__["forward"]
-        start(model, divide(model, touches_of(model, given)), room, where)
-        return inner(*args, **kwargs)
+        touches = touches_of(model, by_name(model, args, kwargs))
+        start(model, divide(model, touches), limit, buffer, where)
+        return model.forward(*args, **kwargs)
 
     model.__dict__["forward"] = Lent(model, around)
     return model
 
 
-def start(model: nn.Module, division: Division, room: int, folder: str) -> OffloadSession:
-    """Move the blocks to a file and set up the session within `room` bytes."""
-    moved = sum(block.nbytes for block in division.blocks)
-    fixed = weight_bytes(model) - moved
+def _available() -> int:
+    """Bytes that this process may still take."""
+    from ..doctor import available_memory
+
+    found = available_memory()
+    if found is None:
+        raise ValueError("this system does not say what memory is available; give vram_limit")
+    return found
+
+
+def start(
+    model: nn.Module, division: Division, limit: int, buffer: int, folder: str
+) -> OffloadSession:
+    """Move the blocks to a file, and lend them from there within the limit."""
     if not division.blocks:
         raise ValueError(
             "nothing of this model can be moved: its weights are used by the model itself, beside "
             "its modules"
         )
+    moved = sum(block.nbytes for block in division.blocks)
+    fixed = weight_bytes(model) - moved
     store = BlockStore(model, division.blocks, folder)
 
-    def make_engine() -> _core.Engine:
-        source = _core.FileSource(str(store.path))
+    def make_engine(room: int) -> _core.Engine:
         blocks = [
             _core.BlockSpec(", ".join(block.entries), size, [_core.Extent(0, at, 0, size)])
             for block, at, size in zip(division.blocks, store.starts, store.sizes, strict=True)
         ]
         return _core.Engine(
-            [source],
+            [_core.FileSource(str(store.path))],
             blocks,
-            limit=max(0, room - fixed),
+            limit=room,
             order=division.order,
             depth=DEPTH,
             slots=SLOTS,
@@ -99,14 +115,22 @@ def start(model: nn.Module, division: Division, room: int, folder: str) -> Offlo
         )
 
     try:
-        session = OffloadSession(model, division, store, make_engine)
+        session = OffloadSession(
+            model,
+            division,
+            store,
+            make_engine,
+            limit=limit,
+            buffer_bytes=buffer,
+            fixed_bytes=fixed,
+        )
     except BudgetError as error:
         store.release()
-        needed = error.needed_bytes + fixed
+        needed = error.needed_bytes + fixed + buffer
         raise BudgetError(
-            f"no room for the slots within {format_size(room)}: the smallest limit that would do "
-            f"is {format_size(needed)} ({needed} B, and the buffer), of which {format_size(fixed)} "
-            "always stay in memory",
+            f"no room for the slots within {format_size(limit)}: the smallest limit that would do "
+            f"is {format_size(needed)} ({needed} B), of which {format_size(fixed)} always stay in "
+            f"memory and {format_size(buffer)} are buffer",
             needed,
         ) from None
     except BaseException:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import threading
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from .. import _core
 from ..errors import VramkitError
+from ..sizes import parse_size
 from .blocks import Division
 from .store import BlockStore, Place
 
@@ -60,9 +62,13 @@ class _Guest:
 
 
 class OffloadSession:
-    """What `enable_vram_management` sets up for a model; `stats`, `resize`, `disable`.
+    """What `enable_vram_management` sets up for a model.
 
-    One thread at a time is inside the model.
+    One thread at a time is inside a block of the model; a block may hold its parts at any time.
+
+    Attributes:
+        division: The blocks, their order, and the parameters that stay in memory, with reasons.
+        fixed_bytes: What stays: parameters that are in no block, and buffers.
     """
 
     def __init__(
@@ -70,15 +76,21 @@ class OffloadSession:
         model: nn.Module,
         division: Division,
         store: BlockStore,
-        make_engine: Callable[[], _core.Engine],
+        make_engine: Callable[[int], _core.Engine],
+        *,
+        limit: int,
+        buffer_bytes: int,
+        fixed_bytes: int,
     ) -> None:
-        self.model, self.division, self.store = model, division, store
+        self.division, self.store, self._model = division, store, weakref.ref(model)
+        self.fixed_bytes, self.buffer_bytes = fixed_bytes, buffer_bytes
         self._make_engine = make_engine
         self._lock = threading.RLock()
         self._guests = [
             _Guest(places, views) for places, views in zip(store.places, store.views, strict=True)
         ]
         self._wrapped: list[nn.Module] = []
+        self._room = max(0, limit - buffer_bytes - fixed_bytes)
         self._start_engine()
         for index, block in enumerate(division.blocks):
             for entry in block.entries:
@@ -92,7 +104,7 @@ class OffloadSession:
         return type(None), ()
 
     def _start_engine(self) -> None:
-        self.engine = self._make_engine()
+        self.engine = self._make_engine(self._room)
         raw = (ctypes.c_char * self.engine.reserved).from_address(self.engine.base)
         self._arena = torch.frombuffer(raw, dtype=torch.uint8)
         for guest in self._guests:
@@ -211,6 +223,23 @@ class OffloadSession:
             return kept(result)
         return torch.utils._pytree.tree_map_only(Tensor, kept, result)
 
+    def stats(self) -> _core.EngineStats:
+        """Bytes, counts and times since the model was offloaded, or last changed from outside.
+
+        `limit` is what the blocks may take: the user's, less the buffer and `fixed_bytes`.
+        """
+        return self.engine.stats()
+
+    def resize(self, vram_limit: int | float | str) -> None:
+        """Another limit: blocks leave memory, or stay there when they are next read.
+
+        Raises BudgetError, with nothing changed, for less than one block needs.
+        """
+        room = parse_size(vram_limit) - self.buffer_bytes - self.fixed_bytes
+        with self._lock:
+            self.engine.resize(max(0, room))
+            self._room = room
+
     def disable(self) -> None:
         """The model as it was before: plain forwards, and parameters of its own in memory."""
         with self._lock:
@@ -219,6 +248,7 @@ class OffloadSession:
             self._wrapped = []
             self.engine.close()
             self.store.release()
+            object.__setattr__(self._model(), "vramkit_session", None)
 
 
 class _Nothing:

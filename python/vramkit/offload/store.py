@@ -133,7 +133,7 @@ def _run(places: Sequence[Place], size: int) -> memoryview:
     run = torch.zeros(size, dtype=torch.uint8)
     for place in places:
         place.view(run).copy_(place.parameter.detach())
-    return memoryview(run.numpy())
+    return run.numpy().data
 
 
 def _dense_strides(tensor: Tensor) -> tuple[int, ...]:
