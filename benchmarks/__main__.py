@@ -21,6 +21,7 @@ SUITES = {
     "allocator": "the allocator simulator: events replayed per second, by trace and options",
     "plan": "the planner: 1,000 layers x 12 formats x 3 places, against HiGHS, greedy and random",
     "estimate": "predicted against measured peaks on a frozen zoo, beside the peers",
+    "offload": "blocks streamed by the engine, against copies, direct reads and the arithmetic",
     "interop": "bitsandbytes' operators on our kernels and on its own; memory of a QLoRA step",
 }
 
@@ -36,7 +37,7 @@ def main() -> int:
             sub.add_argument("--size", type=int, default=4096)
         if name in ("cpu", "int8"):
             sub.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64, 512])
-        if name in ("cpu", "conversion", "int8", "conv", "interop"):
+        if name in ("cpu", "conversion", "int8", "conv", "interop", "offload"):
             sub.add_argument("--threads", type=int, default=2)
         if name in ("sensitivity", "frontier"):
             sub.add_argument("--models", nargs="+", metavar="MODEL", help="only these")
@@ -44,6 +45,12 @@ def main() -> int:
         if name == "cpu":
             sub.add_argument("--formats", nargs="+", metavar="FORMAT")
             sub.add_argument("--quick", action="store_true", help="one shape, bfloat16 input")
+        if name == "offload":
+            sub.add_argument("--rows", type=int, default=64)
+            sub.add_argument("--repeats", type=int, default=7)
+            sub.add_argument(
+                "--folder", help="on the disk to be measured; default: temporary files'"
+            )
     options = parser.parse_args()
     module = importlib.import_module(f".{options.suite}", __package__)
     result, missed = module.run(options)

@@ -75,6 +75,10 @@ void translate(std::exception_ptr thrown) {
     raise("EventError", error, error.event());
   } catch (const CheckpointError& error) {
     raise("CheckpointError", error);
+  } catch (const FileChangedError& error) {
+    raise("FileChangedError", error);
+  } catch (const OutOfMemoryError& error) {
+    PyErr_SetString(PyExc_MemoryError, error.what());
   } catch (const SystemError& error) {
     py::object args = py::make_tuple(error.code(), error.what());
     PyErr_SetObject(PyExc_OSError, args.ptr());
@@ -89,7 +93,9 @@ void translate(std::exception_ptr thrown) {
 }  // namespace vramkit::bindings
 
 PYBIND11_MODULE(_core, m) {
-  m.doc() = "vramkit's native core: formats, files, planner, allocator simulator, ledger, memory.";
+  m.doc() =
+      "vramkit's native core: formats, files, planner, allocator simulator, ledger, "
+      "memory, offload engine.";
   vramkit::bindings::bind_formats(m);
   vramkit::bindings::bind_checkpoint(m);
   vramkit::bindings::bind_placement(m);
@@ -97,5 +103,6 @@ PYBIND11_MODULE(_core, m) {
   vramkit::bindings::bind_allocator(m);
   vramkit::bindings::bind_host_pool(m);
   vramkit::bindings::bind_ledger(m);
+  vramkit::bindings::bind_engine(m);
   py::register_local_exception_translator(&vramkit::bindings::translate);
 }

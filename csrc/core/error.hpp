@@ -57,4 +57,27 @@ class BudgetError : public Error {
   std::int64_t needed_;
 };
 
+// Memory that could not be had (Python: MemoryError). `bytes` is what was asked for.
+class OutOfMemoryError : public Error {
+ public:
+  OutOfMemoryError(const std::string& what, std::int64_t bytes) : Error(what), bytes_(bytes) {}
+  std::int64_t bytes() const { return bytes_; }
+
+ private:
+  std::int64_t bytes_;
+};
+
+// A file that is no longer what it was when it was opened (Python:
+// vramkit.errors.FileChangedError).
+class FileChangedError : public Error {
+ public:
+  using Error::Error;
+};
+
+// A wait that its caller broke off (Python: the exception that the signal's handler raised).
+class Interrupted : public Error {
+ public:
+  using Error::Error;
+};
+
 }  // namespace vramkit

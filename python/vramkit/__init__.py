@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .first_run import FirstRun, MemoryEstimateWarning
     from .inspection import ModelInfo, describe
     from .model_manager import VRAMEfficientModelManager
+    from .offload.manage import enable_vram_management
     from .phases import PipelineEstimate, estimate_pipeline
     from .planner import fit, plan
     from .plans import Plan
@@ -64,6 +65,7 @@ _LAZY = {
     "Plan": "plans",
     "fit": "planner",
     "plan": "planner",
+    "enable_vram_management": "offload.manage",
     "Rates": "rates",
     "measure_rates": "rates",
     "recommend": "recommendation",
@@ -122,6 +124,7 @@ __all__ = [
     "convert",
     "convert_checkpoint",
     "describe",
+    "enable_vram_management",
     "estimate",
     "estimate_pipeline",
     "fit",

@@ -1,5 +1,5 @@
 """
-vramkit's native core: formats, files, planner, allocator simulator, ledger, memory.
+vramkit's native core: formats, files, planner, allocator simulator, ledger, memory, offload engine.
 """
 
 from __future__ import annotations
@@ -15,26 +15,43 @@ __all__: list[str] = [
     "AllocatorBlock",
     "AllocatorConfig",
     "AllocatorSegment",
+    "BlockCache",
+    "BlockFile",
+    "BlockLayout",
+    "BlockSpec",
+    "BlockStats",
+    "BlockStatus",
+    "Engine",
+    "EngineStats",
+    "EngineView",
+    "Extent",
+    "FileSource",
     "Format",
     "HostPiece",
     "HostPool",
     "HostPoolStats",
+    "HostStore",
     "Ledger",
     "LedgerEntry",
     "LedgerState",
+    "MemorySource",
     "OutOfMemory",
     "PartBytes",
     "PeakBlock",
     "Placement",
     "PlacementResult",
     "PlannerResult",
+    "PressureGauge",
     "ReplayResult",
+    "Residence",
     "SafetensorsFile",
     "SafetensorsWriter",
+    "Source",
     "TensorInfo",
     "active_isa",
     "advise_large_pages",
     "available_isas",
+    "block_layout",
     "builtin_formats",
     "dynamic_map",
     "least_device_bytes",
@@ -817,6 +834,368 @@ class Ledger:
     @property
     def max_resident(self) -> int: ...
 
+class Source:
+    """
+    Where the bytes of blocks come from.
+    """
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def name(self) -> str: ...
+
+class FileSource(Source):
+    def __init__(self, path: str, direct: bool = True) -> None: ...
+    def check(self) -> None:
+        """
+        Raises FileChangedError if the file has changed.
+        """
+    @property
+    def direct(self) -> bool: ...
+
+class MemorySource(Source):
+    def __init__(
+        self,
+        address: typing.SupportsInt | typing.SupportsIndex,
+        bytes: typing.SupportsInt | typing.SupportsIndex,
+        keeper: typing.Any,
+    ) -> None:
+        """
+        `keeper` is the object that the memory belongs to.
+        """
+
+class HostStore:
+    """
+    Memory for blocks, in one piece.
+    """
+    def __init__(
+        self,
+        bytes: typing.SupportsInt | typing.SupportsIndex,
+        granularity: typing.SupportsInt | typing.SupportsIndex = 2097152,
+    ) -> None: ...
+    def source(self) -> MemorySource: ...
+    @property
+    def bytes(self) -> int: ...
+
+class Extent:
+    """
+    A run of bytes that a block takes from a source.
+    """
+    def __init__(
+        self,
+        source: typing.SupportsInt | typing.SupportsIndex,
+        source_offset: typing.SupportsInt | typing.SupportsIndex,
+        block_offset: typing.SupportsInt | typing.SupportsIndex,
+        bytes: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None: ...
+    @property
+    def block_offset(self) -> int: ...
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def source(self) -> int: ...
+    @property
+    def source_offset(self) -> int: ...
+
+class BlockLayout:
+    """
+    Where the ranges of a block lie in it.
+    """
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def direct(self) -> bool: ...
+    @property
+    def extents(self) -> list[Extent]: ...
+    @property
+    def padding(self) -> int: ...
+    @property
+    def places(self) -> list[int]: ...
+
+class Residence:
+    """
+    Members:
+
+      automatic
+
+      resident
+
+      streamed
+    """
+
+    __members__: typing.ClassVar[dict[str, Residence]]
+    automatic: typing.ClassVar[Residence]
+    resident: typing.ClassVar[Residence]
+    streamed: typing.ClassVar[Residence]
+    @typing.overload
+    def __eq__(self, other: Residence) -> bool: ...
+    @typing.overload
+    def __eq__(self, other: typing.Any) -> bool: ...
+    def __getstate__(self) -> int: ...
+    def __hash__(self) -> int: ...
+    def __index__(self) -> int: ...
+    def __init__(self, value: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def __int__(self) -> int: ...
+    @typing.overload
+    def __ne__(self, other: Residence) -> bool: ...
+    @typing.overload
+    def __ne__(self, other: typing.Any) -> bool: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, state: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def __str__(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def value(self) -> int: ...
+
+class BlockSpec:
+    """
+    A block: its bytes, and where they come from.
+    """
+    def __init__(
+        self,
+        name: str,
+        bytes: typing.SupportsInt | typing.SupportsIndex,
+        extents: collections.abc.Sequence[Extent],
+        residence: Residence = ...,
+    ) -> None: ...
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def extents(self) -> list[Extent]: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def residence(self) -> Residence: ...
+
+class BlockStatus:
+    """
+    Members:
+
+      absent
+
+      requested
+
+      copying
+
+      ready
+
+      in_use
+
+      released
+    """
+
+    __members__: typing.ClassVar[dict[str, BlockStatus]]
+    absent: typing.ClassVar[BlockStatus]
+    copying: typing.ClassVar[BlockStatus]
+    in_use: typing.ClassVar[BlockStatus]
+    ready: typing.ClassVar[BlockStatus]
+    released: typing.ClassVar[BlockStatus]
+    requested: typing.ClassVar[BlockStatus]
+    @typing.overload
+    def __eq__(self, other: BlockStatus) -> bool: ...
+    @typing.overload
+    def __eq__(self, other: typing.Any) -> bool: ...
+    def __getstate__(self) -> int: ...
+    def __hash__(self) -> int: ...
+    def __index__(self) -> int: ...
+    def __init__(self, value: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def __int__(self) -> int: ...
+    @typing.overload
+    def __ne__(self, other: BlockStatus) -> bool: ...
+    @typing.overload
+    def __ne__(self, other: typing.Any) -> bool: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, state: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def __str__(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def value(self) -> int: ...
+
+class BlockStats:
+    """
+    What the engine knows of one block.
+    """
+    @property
+    def acquires(self) -> int: ...
+    @property
+    def hits(self) -> int: ...
+    @property
+    def loads(self) -> int: ...
+    @property
+    def resident(self) -> bool: ...
+    @property
+    def state(self) -> BlockStatus: ...
+    @property
+    def wait_ns(self) -> int: ...
+
+class EngineStats:
+    """
+    Bytes, counts and times of an engine.
+    """
+    def __repr__(self) -> str: ...
+    @property
+    def acquires(self) -> int: ...
+    @property
+    def active_ns(self) -> int: ...
+    @property
+    def bytes_by_path(self) -> dict: ...
+    @property
+    def bytes_copied(self) -> int: ...
+    @property
+    def cancelled(self) -> int: ...
+    @property
+    def commits(self) -> int: ...
+    @property
+    def committed(self) -> int: ...
+    @property
+    def copy_ns(self) -> int: ...
+    @property
+    def displaced(self) -> int: ...
+    @property
+    def dropped(self) -> int: ...
+    @property
+    def failed(self) -> int: ...
+    @property
+    def given_up(self) -> int: ...
+    @property
+    def hits(self) -> int: ...
+    @property
+    def limit(self) -> int: ...
+    @property
+    def loads(self) -> int: ...
+    @property
+    def regrown(self) -> int: ...
+    @property
+    def resident_bytes(self) -> int: ...
+    @property
+    def residents(self) -> int: ...
+    @property
+    def slot_bytes(self) -> int: ...
+    @property
+    def slots(self) -> int: ...
+    @property
+    def staging(self) -> int: ...
+    @property
+    def wait_ns(self) -> int: ...
+    @property
+    def waits(self) -> int: ...
+
+class EngineView:
+    """
+    The engine's address range.
+    """
+
+class Engine:
+    """
+    Blocks of bytes that are in memory when they are called; see docs/offload.md. Addresses are valid between acquire and release, in the process that made the engine.
+    """
+    def __init__(
+        self,
+        sources: collections.abc.Sequence[Source],
+        blocks: collections.abc.Sequence[BlockSpec],
+        *,
+        limit: typing.SupportsInt | typing.SupportsIndex,
+        order: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex] = [],
+        depth: typing.SupportsInt | typing.SupportsIndex = 1,
+        slots: typing.SupportsInt | typing.SupportsIndex = 3,
+        threads: typing.SupportsInt | typing.SupportsIndex = 2,
+        piece: typing.SupportsInt | typing.SupportsIndex = 8388608,
+        granularity: typing.SupportsInt | typing.SupportsIndex = 2097152,
+        poison: bool = False,
+        timeline: typing.SupportsInt | typing.SupportsIndex = 0,
+    ) -> None: ...
+    def __len__(self) -> int: ...
+    def acquire(
+        self,
+        block: typing.SupportsInt | typing.SupportsIndex,
+        stream: typing.SupportsInt | typing.SupportsIndex = 0,
+    ) -> int:
+        """
+        Address of the block, until release().
+        """
+    def block_stats(self, block: typing.SupportsInt | typing.SupportsIndex) -> BlockStats: ...
+    def check(self) -> None:
+        """
+        Raises an error that names the first broken invariant.
+        """
+    def close(self) -> None: ...
+    def give_up(self, bytes: typing.SupportsInt | typing.SupportsIndex) -> int: ...
+    def invalidate(self, block: typing.SupportsInt | typing.SupportsIndex) -> None:
+        """
+        The block's source has changed: it is loaded again when called.
+        """
+    def prefetch(self, block: typing.SupportsInt | typing.SupportsIndex) -> bool: ...
+    def release(
+        self,
+        block: typing.SupportsInt | typing.SupportsIndex,
+        stream: typing.SupportsInt | typing.SupportsIndex = 0,
+    ) -> None: ...
+    def resize(self, limit: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def slot_of(self, block: typing.SupportsInt | typing.SupportsIndex) -> int: ...
+    def stats(self) -> EngineStats: ...
+    def timeline(self) -> list:
+        """
+        The latest (kind, block, thread, begin_ns, end_ns), kinds copy, wait and use.
+        """
+    def view(self) -> EngineView:
+        """
+        All addresses as one buffer, which keeps the engine alive. Only what is acquired may be read.
+        """
+    @property
+    def base(self) -> int: ...
+    @property
+    def closed(self) -> bool: ...
+    @property
+    def minimum(self) -> int: ...
+    @property
+    def reserved(self) -> int: ...
+
+class BlockFile:
+    """
+    A file of a BlockCache, which stays there for as long as this does.
+    """
+    @property
+    def built(self) -> bool: ...
+    @property
+    def offsets(self) -> list[int]: ...
+    @property
+    def path(self) -> str: ...
+
+class BlockCache:
+    """
+    Converted block files in a folder of bounded size.
+    """
+    def __init__(
+        self, folder: str, most_bytes: typing.SupportsInt | typing.SupportsIndex
+    ) -> None: ...
+    def open(
+        self, files: collections.abc.Sequence[Source], blocks: collections.abc.Sequence[BlockSpec]
+    ) -> BlockFile:
+        """
+        The file with these blocks of these FileSources, built if it is not there.
+        """
+    def trim(self, most: typing.SupportsInt | typing.SupportsIndex) -> int: ...
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def folder(self) -> str: ...
+
+class PressureGauge:
+    """
+    When to give memory up and take it back.
+    """
+    def __init__(
+        self,
+        low: typing.SupportsInt | typing.SupportsIndex,
+        high: typing.SupportsInt | typing.SupportsIndex,
+        patience: typing.SupportsInt | typing.SupportsIndex = 3,
+    ) -> None: ...
+    def observe(self, free: typing.SupportsInt | typing.SupportsIndex) -> int:
+        """
+        Bytes to change by: negative, give up so many; positive, up to so many may be taken.
+        """
+
 def active_isa() -> str:
     """
     Name of the instruction-set unit in use; VRAMKIT_ISA forces one.
@@ -833,6 +1212,21 @@ def advise_large_pages(
 def available_isas() -> list[str]:
     """
     Names of the units that this processor can run, best last.
+    """
+
+def block_layout(
+    ranges: collections.abc.Sequence[
+        tuple[
+            typing.SupportsInt | typing.SupportsIndex,
+            typing.SupportsInt | typing.SupportsIndex,
+            typing.SupportsInt | typing.SupportsIndex,
+            typing.SupportsInt | typing.SupportsIndex,
+        ]
+    ],
+    packed: bool = False,
+) -> BlockLayout:
+    """
+    Lay out (source, offset, bytes, alignment) ranges as one block: such that files can be read straight into it, or packed.
     """
 
 def builtin_formats() -> list:

@@ -30,6 +30,10 @@ class EventError(VramkitError, ValueError):
         self.event = event
 
 
+class FileChangedError(VramkitError, RuntimeError):
+    """A file of weights that has changed since it was opened, while it was still read from."""
+
+
 class NonFiniteWeightError(VramkitError, ValueError):
     """A weight that holds NaN or infinity, or overflows the format it was to be stored in."""
 

@@ -176,7 +176,7 @@ def watch_first_run(model: nn.Module, plan: Plan, inputs: Any) -> FirstRun:
     found = FirstRun(plan)
     planned = None
     if plan.estimate is not None and inputs is not None:
-        planned = _without_memory(_by_name(model, *call_arguments(inputs, model_dtype(model))))
+        planned = _without_memory(by_name(model, *call_arguments(inputs, model_dtype(model))))
     watch = _Watch(found, planned)
     model.register_forward_pre_hook(watch.before, prepend=True, with_kwargs=True)
     model.register_forward_hook(watch.after, with_kwargs=True, always_call=True)
@@ -230,7 +230,7 @@ class _Watch:
                 del hooks[key]
         self.found.activations_bytes = peak
         try:
-            inputs = _without_memory(_by_name(model, args, kwargs))
+            inputs = _without_memory(by_name(model, args, kwargs))
         except TypeError as error:
             self.found.waiting = f"no estimate for this call: {error}"
         else:
@@ -255,7 +255,7 @@ class _Watch:
         return False
 
 
-def _by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A call's inputs as `estimate` takes them: by name, so that calls written differently agree.
 
     All positional where the forward's signature does not tell names.

@@ -51,4 +51,39 @@ void advise_large_pages(void* start, std::int64_t bytes) {
           MADV_HUGEPAGE);
 }
 
+void* reserve_pages(std::int64_t bytes, std::int64_t alignment) {
+  const auto size = static_cast<std::size_t>(bytes);
+  const auto unit = static_cast<std::size_t>(alignment);
+  void* found =
+      mmap(nullptr, size + unit, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (found == MAP_FAILED) return nullptr;
+  auto* base = static_cast<std::byte*>(found);
+  const std::size_t misfit = reinterpret_cast<std::uintptr_t>(base) % unit;
+  const std::size_t before = misfit == 0 ? 0 : unit - misfit;
+  if (before > 0) munmap(base, before);
+  if (unit > before) munmap(base + before + size, unit - before);
+  return base + before;
+}
+
+bool commit_pages(void* start, std::int64_t bytes) {
+  // Only now, so that limits on a process's data (RLIMIT_DATA) count what is used alone.
+  if (mprotect(start, static_cast<std::size_t>(bytes), PROT_READ | PROT_WRITE) != 0) {
+    // A range of several mappings may have been changed in part.
+    mprotect(start, static_cast<std::size_t>(bytes), PROT_NONE);
+    return false;
+  }
+  advise_large_pages(start, bytes);
+  return true;
+}
+
+void decommit_pages(void* start, std::int64_t bytes) {
+  // A new mapping in its place both frees the memory and forbids access, in one step.
+  const auto size = static_cast<std::size_t>(bytes);
+  if (mmap(start, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1,
+           0) == MAP_FAILED) {
+    madvise(start, size, MADV_DONTNEED);  // out of mappings: at least the memory goes
+    mprotect(start, size, PROT_NONE);
+  }
+}
+
 }  // namespace vramkit
