@@ -175,6 +175,19 @@ def test_the_first_call_tells_the_order(tmp_path: Path) -> None:
     assert model.vramkit_session.engine.stats().loads > 0
 
 
+def test_a_first_call_that_cannot_be_followed(tmp_path: Path) -> None:
+    class Deciding(Chain):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if float(x.sum()) > 0 else x
+
+    model, x = Deciding().eval(), torch.rand(2, 5, 96)
+    enable_vram_management(model, "1 GB", 0, folder=tmp_path)
+    for _ in range(2):  # the whole model does not run unasked the second time either
+        with torch.no_grad(), pytest.raises(ValueError, match="decides by the values"):
+            model(x)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_more_room_copies_less(tmp_path: Path) -> None:
     copied = []
     for share in (0.0, 0.3, 0.6, 2.0):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 from .. import _core
 from ..errors import BudgetError
 from ..estimator import weight_bytes
+from ..first_run import by_name
 from ..probing import cache_folder
 from ..sizes import format_size, parse_size
 from .blocks import Division, divide, touches_of
@@ -63,15 +65,21 @@ def enable_vram_management(
         start(model, divide(model, touches_of(model, inputs)), limit, buffer, where)
         return model
 
-    def around(inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        from ..first_run import by_name
+    first = threading.Lock()
 
-        del model.__dict__["forward"]
-        touches = touches_of(model, by_name(model, args, kwargs))
-        start(model, divide(model, touches), limit, buffer, where)
+    def around(inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        with first:
+            if model.__dict__.get("forward") is lent:  # else another thread was faster
+                del model.__dict__["forward"]
+                try:
+                    touches = touches_of(model, by_name(model, args, kwargs))
+                    start(model, divide(model, touches), limit, buffer, where)
+                except BaseException:
+                    model.__dict__["forward"] = lent  # nothing runs whole unasked
+                    raise
         return model.forward(*args, **kwargs)
 
-    model.__dict__["forward"] = Lent(model, around)
+    lent = model.__dict__["forward"] = Lent(model, around)
     return model
 
 
