@@ -64,7 +64,7 @@ class _Guest:
 class OffloadSession:
     """What `enable_vram_management` sets up for a model.
 
-    One thread at a time is inside a block of the model; a block may hold its parts at any time.
+    One thread at a time is inside a block.
 
     Attributes:
         division: The blocks, their order, and the parameters that stay in memory, with reasons.
