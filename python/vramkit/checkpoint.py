@@ -40,6 +40,7 @@ from .layers import QuantizedLayer
 from .layers.base import PART_NAMES, part_name
 from .shards import INDEX, SAFETENSORS_NAMES, WEIGHTS, Checkpoint
 from .skeleton import MANIFEST, build_skeleton, match_names, set_tensor
+from .text_file import replace_text
 
 if TYPE_CHECKING:
     from .plans import Plan
@@ -279,18 +280,9 @@ def save(
         if not config.architectures:
             base = getattr(type(model), "_base", type(model))
             config.architectures = [base.__name__]
-        _write_text(target / "config.json", config.to_json_string(use_diff=False))
-    _write_text(target / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        replace_text(target / "config.json", config.to_json_string(use_diff=False))
+    replace_text(target / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     return target
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _dtype_name(name: str, tensor: Tensor) -> str:
@@ -463,7 +455,7 @@ def convert_checkpoint(
         (folder / MANIFEST).unlink(missing_ok=True)
         writer.commit()
     _copy_side_files(Path(source), folder)
-    _write_text(folder / MANIFEST, json.dumps(structure, indent=1) + "\n")
+    replace_text(folder / MANIFEST, json.dumps(structure, indent=1) + "\n")
     return {"original_bytes": checkpoint.nbytes, "converted_bytes": written}
 
 

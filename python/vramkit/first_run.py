@@ -258,19 +258,28 @@ class _Watch:
 def by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A call's inputs as `estimate` takes them: by name, so that calls written differently agree.
 
-    All positional where the forward's signature does not tell names.
+    All positional where the forward's signature does not tell names; TypeError where it does not
+    and the call has both kinds.
     """
     if not args:
         return kwargs
-    kinds = inspect.Parameter
     try:
         signature = inspect.signature(model.forward)
-        bound = signature.bind(*args, **kwargs).arguments
+        bound = dict(signature.bind(*args, **kwargs).arguments)
     except (TypeError, ValueError):  # a builtin, or a call that the forward itself will refuse
-        return args
-    named = (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)
-    if all(signature.parameters[name].kind in named for name in bound):
-        return dict(bound)
+        bound = {}
+    kinds = {name: signature.parameters[name].kind for name in bound}
+    for name in [n for n, kind in kinds.items() if kind is inspect.Parameter.VAR_KEYWORD]:
+        bound |= bound.pop(name)
+        del kinds[name]
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    if bound and all(kind in named for kind in kinds.values()):
+        return bound
+    if kwargs:
+        raise TypeError(
+            "this call has inputs by position and by name, and the forward does not say the names "
+            "of the former; call it with names alone"
+        )
     return args
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 
 from .precision import PrecisionMode
+from .text_file import replace_text
 
 
 def read_config(
@@ -39,17 +39,8 @@ def write_config(
     path: str | os.PathLike[str], mode: PrecisionMode, components: dict[str, PrecisionMode]
 ) -> None:
     """Replace the file by these modes, or leave it as it is and raise OSError."""
-    path = Path(path)
     data = {
         "precision_mode": mode.value,
         "components": {name: value.value for name, value in sorted(components.items())},
     }
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(data, file, indent=2)
-            file.write("\n")
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    replace_text(path, json.dumps(data, indent=2) + "\n")

@@ -8,7 +8,6 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
@@ -24,6 +23,7 @@ from .convert import (
 from .estimator import MemoryEstimate
 from .rates import PLAIN, Rates
 from .sizes import format_size
+from .text_file import replace_text
 
 if TYPE_CHECKING:
     from .calibration import Calibration
@@ -357,12 +357,7 @@ class Plan:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON; a plan can be edited there: an entry's `format` and `tier`."""
         text = json.dumps(self.to_dict(), indent=2, allow_nan=False)
-        temporary = Path(f"{os.fspath(path)}.{os.getpid()}.tmp")
-        try:
-            temporary.write_text(text + "\n", encoding="utf-8")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        replace_text(path, text + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:

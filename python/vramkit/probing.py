@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import platform
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .text_file import replace_text
 from .tracing import Call, Geometry, Recording, geometries
 from .workspaces import work
 
@@ -260,10 +260,6 @@ class Store:
         data = {"schema": SCHEMA, "about": self.about, "calls": self.calls}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(
-                "w", dir=self.path.parent, prefix=".probes-", delete=False
-            ) as file:
-                json.dump(data, file, separators=(",", ":"))
-            os.replace(file.name, self.path)
+            replace_text(self.path, json.dumps(data, separators=(",", ":")))
         except OSError as error:
             self.notes.append(f"probes were not kept: {error}")

@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from .formats import StorageFormat
 from .probing import cache_folder
+from .text_file import replace_text
 
 SCHEMA = "vramkit.sensitivity-store/1"
 # Records in the file; the oldest go first. About 200 bytes each.
@@ -109,11 +109,7 @@ class Store:
     def _rewrite(self) -> None:
         text = "".join(_line(key, values) for key, values in self.records.items())
         try:
-            with tempfile.NamedTemporaryFile(
-                "w", dir=self.path.parent, prefix=".sensitivity-", delete=False, encoding="utf-8"
-            ) as file:
-                file.write(json.dumps({"schema": SCHEMA}) + "\n" + text)
-            os.replace(file.name, self.path)
+            replace_text(self.path, json.dumps({"schema": SCHEMA}) + "\n" + text)
         except OSError as error:
             self.notes.append(f"{self.path} could not be mended: {error}")
 

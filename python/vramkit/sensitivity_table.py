@@ -17,6 +17,7 @@ from .convert import Precision, storage_format
 from .formats import StorageFormat
 from .planner import DEFAULT_FORMATS
 from .plans import fingerprint
+from .text_file import replace_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -151,12 +152,7 @@ class Sensitivity:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it as JSON."""
         text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
-        temporary = Path(f"{os.fspath(path)}.{os.getpid()}.tmp")
-        try:
-            temporary.write_text(text + "\n", encoding="utf-8")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        replace_text(path, text + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Sensitivity:

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -24,6 +22,7 @@ from torch import Tensor, nn
 from .layers import QuantizedLayer
 from .probing import cache_folder, processor
 from .sizes import format_size
+from .text_file import replace_text
 
 if TYPE_CHECKING:
     from .estimator import MemoryEstimate
@@ -272,11 +271,7 @@ class Measured:
         path = self.folder / f"{self.name}-{estimate.predicted_bytes}-{measured}.json"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(
-                "w", dir=self.folder, prefix=".measured-", delete=False
-            ) as file:
-                json.dump(data, file)
-            os.replace(file.name, path)
+            replace_text(path, json.dumps(data))
             for old in self._paths()[:-KEPT]:
                 old.unlink(missing_ok=True)
         except OSError as error:

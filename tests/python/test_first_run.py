@@ -111,6 +111,30 @@ def test_inputs_by_position_and_by_name_are_the_same() -> None:
     assert model.vramkit_first_run.estimate is model.vramkit_plan.estimate
 
 
+class Further(Named):
+    def forward(self, x: Tensor, **more: Tensor) -> Tensor:
+        return super().forward(x, **more)
+
+
+class Nameless(Named):
+    def forward(self, *x: Tensor, **more: Tensor) -> Tensor:
+        return super().forward(*x, **more)
+
+
+def test_further_names_count_and_mixed_calls_without_names_do_not() -> None:
+    shapes, x = {"x": (3, 64), "scale": (3, 64)}, torch.randn(3, 64)
+    model = vramkit.fit(Further().eval(), "1 MB", inputs=shapes)
+    with torch.no_grad():
+        model(x, scale=x)
+    assert model.vramkit_first_run.estimate is model.vramkit_plan.estimate
+    model = vramkit.fit(Nameless().eval(), "1 MB")
+    with torch.no_grad():
+        model(x, scale=x)
+    assert model.vramkit_first_run.done
+    assert model.vramkit_first_run.estimate is None
+    assert "call it with names alone" in model.vramkit_first_run.waiting
+
+
 def test_inputs_that_cannot_be_kept() -> None:
     model = vramkit.fit(Named().eval(), "1 MB", inputs={"x": (3, 64), "scale": (3, 64)})
     with torch.no_grad():

@@ -7,7 +7,6 @@ never sees a slot. Nor do gradients: what autograd keeps of a slot, it keeps as 
 
 from __future__ import annotations
 
-import ctypes
 import threading
 import types
 import weakref
@@ -105,8 +104,7 @@ class OffloadSession:
 
     def _start_engine(self) -> None:
         self.engine = self._make_engine(self._room)
-        raw = (ctypes.c_char * self.engine.reserved).from_address(self.engine.base)
-        self._arena = torch.frombuffer(raw, dtype=torch.uint8)
+        self._arena = torch.frombuffer(self.engine.view(), dtype=torch.uint8)
         for guest in self._guests:
             guest.slots = {}
 
