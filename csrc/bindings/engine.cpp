@@ -264,6 +264,9 @@ void bind_calls(py::module_& m) {
           py::arg("block"), "The block's source has changed: it is loaded again when called.")
       .def("resize", &Engine::resize, py::arg("limit"), py::call_guard<py::gil_scoped_release>())
       .def("give_up", &Engine::give_up, py::arg("bytes"), py::call_guard<py::gil_scoped_release>())
+      .def(
+          "park", [](Engine& self) { return with_signals([&] { return self.park(signalled); }); },
+          "Gives residents and slots back until the next acquire; returns the bytes.")
       .def("close", &Engine::close, py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("closed", &Engine::closed)
       .def_property_readonly("minimum", &Engine::minimum)

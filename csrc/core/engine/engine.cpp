@@ -190,6 +190,7 @@ std::byte* Engine::acquire(std::int64_t id, StreamHandle stream, const Interrupt
     throw InvalidArgument("block '" + printable(block.spec.name) +
                           "' is in use on another stream; one stream at a time may use a block");
   }
+  parked_ = false;
   ++block.stats.acquires, ++stats_.acquires;
   predictor_.observe(id);
   if (there(block.state)) {
@@ -322,6 +323,7 @@ void Engine::release(std::int64_t id, StreamHandle stream) {
 bool Engine::prefetch(std::int64_t id) {
   const Lock lock = locked();
   require_open();
+  parked_ = false;
   Block& block = at(id);
   if (block.state != BlockStatus::absent) return !block.dropped;
   Place* place = block.resident ? home_for(block) : nullptr;
@@ -380,6 +382,35 @@ std::int64_t Engine::give_up(std::int64_t bytes) {
   set_limit(std::max(least(), before - bytes));
   debug_check();
   return before - cost(residents_now());
+}
+
+std::int64_t Engine::park(const Interrupt& interrupt) {
+  Lock lock = locked();
+  require_open();
+  const std::int64_t before = limited_.committed();
+  parked_ = true;
+  for (Block& block : blocks_) {
+    while (block.state != BlockStatus::absent) {
+      if (block.state == BlockStatus::in_use || block.waiters > 0) {
+        throw InvalidArgument("block '" + printable(block.spec.name) +
+                              "' is in use; release all blocks before parking the engine");
+      }
+      Place& place = *block.place;
+      if (vacate(place)) break;
+      const std::uint64_t seen = changes_;
+      std::int64_t mine = 0;
+      const Counted waiting(mine, waiters_);
+      wait(lock, interrupt, [&] { return changes_ != seen; });
+    }
+  }
+  // A thread that came in during a wait has taken it up again.
+  if (parked_ && slots_committed_) {
+    for (Place& slot : slots_) quiesce(slot);
+    arena_->decommit(0, slots_bytes_);
+    slots_committed_ = false;
+  }
+  debug_check();
+  return before - limited_.committed();
 }
 
 void Engine::close() {

@@ -163,6 +163,10 @@ class Engine {
   // the system has got back or gets when leases end. The limit is lowered by it.
   std::int64_t give_up(std::int64_t bytes);
   std::int64_t minimum() const;  // the least limit that resize() takes
+  // Gives back all memory but staging: residents and slots. The next acquire() takes it again, and
+  // until then nothing is loaded ahead. For engines that take turns. Returns the bytes given back;
+  // throws InvalidArgument while blocks are leased or waited for.
+  std::int64_t park(const Interrupt& interrupt = {});
 
   // No more calls: ends the threads and gives the memory back. Throws InvalidArgument while blocks
   // are leased.
@@ -264,6 +268,7 @@ class Engine {
   Place* home_for(Block& block);
   bool slots_ready();
   bool vacate(Place& place);
+  void quiesce(Place& place);
   void make_absent(Block& block);
   void settle(Block& block);
   void schedule();
@@ -307,6 +312,7 @@ class Engine {
   Predictor predictor_;
   std::unique_ptr<Arena> arena_;
   bool slots_committed_ = false;
+  bool parked_ = false;
 
   // Apart, because a fork's copy is never destroyed: its threads, which wait for it, are not there.
   struct Sync {

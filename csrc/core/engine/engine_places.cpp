@@ -48,6 +48,18 @@ bool Engine::vacate(Place& place) {
   return true;
 }
 
+// Waits until the device is through with a place: with its arithmetic, and with copies to it.
+void Engine::quiesce(Place& place) {
+  if (place.used) backend_->synchronize(*place.released);
+  for (std::size_t lane = 0; lane < place.arrived.size(); ++lane) {
+    if (((place.lanes | place.lanes_before) >> lane & 1) != 0) {
+      backend_->synchronize(*place.arrived[lane]);
+    }
+  }
+  place.used = false;
+  place.lanes = place.lanes_before = 0;
+}
+
 void Engine::make_absent(Block& block) {
   assert(block.state != BlockStatus::in_use && block.at_work == 0);
   dequeue(block);
@@ -60,13 +72,11 @@ void Engine::make_absent(Block& block) {
   ++absent_;
   place.block = -1;
   if (options_.poison && place.bytes > 0) {
-    if (place.used) backend_->synchronize(*place.released);
+    quiesce(place);
     backend_->fill(arena_->base() + place.offset, kPoison, place.bytes);
   }
   if (&place == &block.home) {
-    // The arithmetic may still be at it on the device.
-    if (place.used) backend_->synchronize(*place.released);
-    place.used = false;
+    quiesce(place);
     arena_->decommit(place.offset, place.bytes);
   }
   notify();
@@ -160,7 +170,7 @@ void Engine::request(Block& block, Place& place, bool first) {
 // What is called next is loaded while there are places for it. Never fails: what is wrong comes to
 // light when the block itself is called.
 void Engine::schedule() {
-  if (stopping_ || absent_ == 0) return;
+  if (stopping_ || parked_ || absent_ == 0) return;
   try {
     look_ahead();
   } catch (const Error&) {  // NOLINT(bugprone-empty-catch)
