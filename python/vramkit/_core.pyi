@@ -1125,6 +1125,10 @@ class Engine:
         """
         The block's source has changed: it is loaded again when called.
         """
+    def park(self) -> int:
+        """
+        Gives residents and slots back until the next acquire; returns the bytes.
+        """
     def prefetch(self, block: typing.SupportsInt | typing.SupportsIndex) -> bool: ...
     def release(
         self,

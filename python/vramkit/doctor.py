@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import platform
+import resource
 import tempfile
 import time
 from pathlib import Path
@@ -74,20 +75,35 @@ def _huge_pages() -> str | None:
 
 
 def available_memory() -> int | None:
-    """Bytes that this process may still take: the system's, or its control group's if less."""
+    """Bytes that this process may still take.
+
+    The least of what the system has, what its control group has left (files in the page cache,
+    which go when memory is needed, do not count against it), and its own limit (RLIMIT_DATA).
+    """
     limits = []
     try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                limits.append(int(line.split()[1]) * 1024)
+        limits.append(_kilobytes("/proc/meminfo", "MemAvailable:"))
+        most = resource.getrlimit(resource.RLIMIT_DATA)[0]
+        if most != resource.RLIM_INFINITY:
+            limits.append(max(0, most - _kilobytes("/proc/self/status", "VmData:")))
         group = Path("/sys/fs/cgroup")
         maximum = (group / "memory.max").read_text(encoding="ascii").strip()
         if maximum != "max":
             used = int((group / "memory.current").read_text(encoding="ascii"))
-            limits.append(int(maximum) - used)
+            lines = (group / "memory.stat").read_text(encoding="ascii").splitlines()
+            counts = dict(line.split() for line in lines)
+            cached = int(counts.get("inactive_file", 0)) + int(counts.get("active_file", 0))
+            limits.append(max(0, int(maximum) - max(0, used - cached)))
     except OSError:
         pass  # no such file here: what was found so far is the answer
     return min(limits) if limits else None
+
+
+def _kilobytes(path: str, key: str) -> int:
+    for line in Path(path).read_text(encoding="ascii").splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"{path} has no line {key}")
 
 
 def _rate(nbytes: int, work: Any, seconds: float = 0.15) -> float:

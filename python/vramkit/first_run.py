@@ -107,7 +107,10 @@ class FirstRun:
         found = self.estimate
         if found is None or not found.peak_bytes or self.peak_bytes is None:
             return None
-        return self.peak_bytes / (found.peak_bytes + found.kept_bytes) - 1
+        assert self.weights_bytes is not None
+        # An estimate knows nothing of places: what is streamed is no error of it.
+        away = found.weights_bytes - self.weights_bytes if self.plan.streams else 0
+        return self.peak_bytes / (found.peak_bytes + found.kept_bytes - away) - 1
 
     @property
     def within_limit(self) -> bool | None:
@@ -168,6 +171,12 @@ class FirstRun:
         return "peak" if self.plan.bound == "peak" else "weights"
 
 
+def _on_device(model: nn.Module) -> int:
+    """Bytes of the weights that are in the device's memory now."""
+    session = getattr(model, "vramkit_session", None)
+    return weight_bytes(model) if session is None else int(session.device_bytes)
+
+
 def watch_first_run(model: nn.Module, plan: Plan, inputs: Any) -> FirstRun:
     """Measure the next call of `model` without gradients; the hooks go away with it.
 
@@ -203,7 +212,7 @@ class _Watch:
             return
         self.depth += 1  # the model may call itself
         if self.depth == 1:
-            self.found.weights_bytes = weight_bytes(model)
+            self.found.weights_bytes = _on_device(model)
             self.running = PeakWatch(model)
             self.running.start()
 
@@ -229,6 +238,7 @@ class _Watch:
             for key in [k for k, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
                 del hooks[key]
         self.found.activations_bytes = peak
+        self.found.weights_bytes = _on_device(model)
         try:
             inputs = _without_memory(by_name(model, args, kwargs))
         except TypeError as error:

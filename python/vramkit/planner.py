@@ -196,11 +196,12 @@ def plan(
     elif rates is False:
         rates = None
     host = None if host_limit is None else parse_size(host_limit)
+    pages = _page_bytes(limit, original, len(found), slots, parts, places)
     answer = place_layers(
         layers,
         parts,
-        limit - buffer,
-        buffer=buffer,
+        limit - buffer - pages,
+        buffer=buffer + pages,
         places=places,
         host_limit=host,
         prefer=prefer,
@@ -247,6 +248,23 @@ def _places(tiers: Iterable[str], prefer: str, max_quality_loss: float | None) -
     if max_quality_loss is not None and not max_quality_loss >= 0:  # NaN too
         raise ValueError(f"max_quality_loss must be 0 or more, got {max_quality_loss!r}")
     return tuple(tier for tier in TIERS if tier in asked)
+
+
+# Below this limit a plan counts bytes alone: whole pages would be most of it.
+_SMALL_LIMIT = 1 << 20
+
+
+def _page_bytes(
+    limit: int, moved: int, layers: int, slots: int, parts: Turns, places: tuple[str, ...]
+) -> int:
+    """What slots, and residents of components that take turns, take beyond their bytes."""
+    from .offload.store import LARGE_PAGE, PAGE, SMALL
+
+    turns = len(parts.names) > 1
+    if limit < _SMALL_LIMIT or (places == ("device",) and not turns):
+        return 0
+    large = LARGE_PAGE if moved >= SMALL else PAGE
+    return large * (2 if turns else 1) + 2 * PAGE * slots + (2 * PAGE * layers if turns else 0)
 
 
 # None: the layer cannot have the format.
@@ -343,7 +361,7 @@ def fit(
         progress=progress,
         **options,
     )
-    made.apply(model, progress=progress)
+    made.apply(model, progress=progress, inputs=inputs if len(made.phases) < 2 else None)
     object.__setattr__(model, "vramkit_plan", made)
     if verify:
         object.__setattr__(model, "vramkit_first_run", watch_first_run(model, made, inputs))

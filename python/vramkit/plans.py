@@ -163,6 +163,11 @@ class Plan:
         return max(phase.device_bytes for phase in self.phases)
 
     @property
+    def streams(self) -> bool:
+        """Whether some layers are not on the device all the time."""
+        return len(self.phases) > 1 or any(e.tier != RESIDENT for e in self.entries)
+
+    @property
     def loss(self) -> float:
         """The sum of the layers' errors."""
         return sum(entry.error for entry in self.entries)
@@ -274,27 +279,34 @@ class Plan:
         *,
         calibration: Calibration | Iterable[Any] | None = None,
         progress: bool | Progress = False,
+        inputs: Any = None,
+        folder: str | os.PathLike[str] | None = None,
     ) -> nn.Module:
         """Convert `model` in place as planned, and return it; `calibration` as for `convert`.
 
-        Raises ValueError if the plan was made for a model with other layers or shapes, and
-        NotImplementedError if it streams layers, which nothing carries out yet.
+        What the plan streams, or lets take turns, is offloaded as by `enable_vram_management`,
+        whose `inputs` and `folder` these are (with turns, `inputs` is a dict by component).
+        ``model.vramkit_session`` is the session.
+
+        Raises ValueError if the plan was made for a model with other layers or shapes, or where a
+        call cannot be followed, BudgetError if modules that move as one need more than was planned:
+        with `inputs` now, with the model as it was, else at its first call.
         """
         self.check_model(model)
-        streamed = [e.name for e in self.entries if e.tier != RESIDENT]
         turns = len(self.phases) > 1
-        if streamed or turns:
-            shown = ", ".join(streamed[:5]) + (", …" if len(streamed) > 5 else "")
-            raise NotImplementedError(
-                (
-                    f"this plan keeps {len(streamed)} layers off the device ({shown}): "
-                    if streamed
-                    else f"in this plan {', '.join(p.name for p in self.phases)} take turns: "
-                )
-                + "streaming is not built yet. Plan with tiers=('device',) and without turns to "
-                "apply; plan.convert(model) applies the formats alone"
-            )
+        if not self.streams:
+            self.convert(model, calibration=calibration, progress=progress)
+            return model
+        from .offload import planned
+
+        if any(p.device.type != "cpu" for p in model.parameters()):
+            raise ValueError("only models on the CPU can be streamed so far (docs/gpu-status.md)")
+        division = None
+        if inputs is not None and not turns:
+            division = planned.check(self, model, inputs)
+        before, _ = candidates(model)
         self.convert(model, calibration=calibration, progress=progress)
+        planned.stream(self, model, before, inputs, division, folder)
         return model
 
     def convert(

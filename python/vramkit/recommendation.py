@@ -103,7 +103,6 @@ class Recommendation:
         return (
             f"{self.system}: {self.precision}, {self.mode}; needs {format_size(self.device_bytes)} "
             f"of {format_size(self.usable_bytes)}"
-            + (" (streaming is not built yet)" if self.mode == "streamed" else "")
         )
 
 

@@ -96,15 +96,23 @@ def test_no_plan_is_better(prefer: str, limit: int, host: int) -> None:
         assert any(e.tier != "resident" for e in made.entries)
 
 
-def test_streamed_plans_are_not_applied() -> None:
-    target = model()
-    made = plan(8000, model=target, tiers=("device", "host"))
+def test_streamed_plans_say_so() -> None:
+    made = plan(8000, model=model(), tiers=("device", "host"))
     streamed = [e.name for e in made.entries if e.tier == "host"]
-    with pytest.raises(NotImplementedError, match=streamed[0]):
-        made.apply(target)
-    assert type(target[0]) is nn.Linear
+    assert made.streams
+    assert not plan(1 << 19, model=model()).streams
     assert "streamed from the host" in str(made)
     assert "streamed through a slot" in made.explain(streamed[0])
+
+
+def test_whole_pages_are_left_for_what_streams() -> None:
+    target = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(8)))
+    options = {"model": target, "tiers": ("device", "disk"), "rules": {"*": [None]}}
+    layer = 256 * 256 * 4
+    pages = 5 * 4096  # two for each slot, and one
+    full = plan(5 * layer + pages, **options)  # three residents and two slots
+    assert full.device_bytes == 5 * layer
+    assert plan(5 * layer + pages - 1, **options).device_bytes == 4 * layer
 
 
 def test_pins_and_rules() -> None:
@@ -177,8 +185,7 @@ def test_turns_share_one_limit() -> None:
     load = sum(e.bytes for e in made.entries) / 2 / 1e7
     assert made.phases[0].seconds == pytest.approx(3 * compute + load)
     assert made.phases[1].seconds == pytest.approx(compute + load)
-    with pytest.raises(NotImplementedError, match="take turns"):
-        made.apply(pipeline())
+    assert made.streams
     tight = plan(alone, model=pipeline(), turns=["encoder", "decoder"], host_limit=f"{alone} B")
     assert tight.host_bytes <= alone
     assert {e.backing for e in tight.entries} == {"host"}

@@ -9,9 +9,9 @@ entries is called.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,19 @@ class Touch:
     grad: bool = False
 
 
+class Touches(list[Touch]):
+    """All uses of parameters in a call, in order.
+
+    Attributes:
+        changing: Modules whose calls change tensors that were there before: their inputs, buffers.
+            A second run of such a call is not like the first.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.changing: set[str] = set()
+
+
 @dataclass
 class Block:
     """Parameters that move together.
@@ -44,11 +57,13 @@ class Block:
         parameters: Their first names in the model.
         entries: The modules whose calls need them; none of them calls another.
         nbytes: Of all of them.
+        streamed: Whether it must not stay on the device; None: as there is room.
     """
 
     parameters: list[str]
     entries: list[str]
     nbytes: int
+    streamed: bool | None = None
 
 
 @dataclass
@@ -59,26 +74,45 @@ class Division:
         blocks: What can move.
         order: Indices of blocks as one pass calls them.
         stays: (parameter, reason) of all others.
+        changing: Entries whose calls change tensors that were there before.
     """
 
     blocks: list[Block]
     order: list[int] = field(default_factory=list)
     stays: list[tuple[str, str]] = field(default_factory=list)
+    changing: set[str] = field(default_factory=set)
 
 
-def touches_of(model: nn.Module, inputs: Any) -> list[Touch]:
+def touches_of(model: nn.Module, inputs: Any) -> Touches:
     """Every use of a parameter in one call, without running it: on fake tensors.
 
     Once without gradients and once with them, because modules may take other ways then. Raises
     ValueError as `vramkit.estimate` does where a call cannot be followed so.
     """
-    found: list[Touch] = []
+    found = Touches()
     for grad in (False, True):
-        found += _followed(model, inputs, grad)
+        _follow(model, inputs, grad, found)
     return found
 
 
-def _followed(model: nn.Module, inputs: Any, grad: bool) -> list[Touch]:
+class _Calls(list[str]):
+    """The stack of modules, and how many storages there were when each call began."""
+
+    def __init__(self, storages: Callable[[], int]) -> None:
+        super().__init__()
+        self._storages = storages
+        self.began: list[int] = []
+
+    def append(self, path: str) -> None:
+        super().append(path)
+        self.began.append(self._storages())
+
+    def pop(self, index: SupportsIndex = -1) -> str:
+        self.began.pop(index)
+        return super().pop(index)
+
+
+def _follow(model: nn.Module, inputs: Any, grad: bool, found: Touches) -> None:
     from ..breaks import explained
     from ..dry_run import DryRun
     from ..recorder import Recorder, module_paths
@@ -90,7 +124,7 @@ def _followed(model: nn.Module, inputs: Any, grad: bool) -> list[Touch]:
     args, kwargs = dry.accept(call_arguments(inputs, model_dtype(skeleton)))
     names = {p.untyped_storage()._cdata: n for n, p in skeleton.named_parameters()}
     recorder = Recorder([])
-    found: list[Touch] = []
+    calls = recorder.stack = _Calls(lambda: recorder.recording.blocks)
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(
@@ -99,9 +133,16 @@ def _followed(model: nn.Module, inputs: Any, grad: bool) -> list[Touch]:
             kwargs = kwargs or {}
             for tensor in tensors_in((args, kwargs)):
                 name = names.get(tensor.untyped_storage()._cdata)
+                written = func._schema.is_mutable and _writes(func, args, kwargs, tensor)
                 if name is not None:
-                    written = func._schema.is_mutable and _writes(func, args, kwargs, tensor)
-                    found.append(Touch(name, tuple(recorder.stack), written, grad))
+                    found.append(Touch(name, tuple(calls), written, grad))
+                if written:
+                    born = recorder.blocks.get(tensor.untyped_storage(), 0)
+                    found.changing.update(
+                        path
+                        for path, began in zip(calls, calls.began, strict=True)
+                        if born <= began
+                    )
             return func(*args, **kwargs)
 
     with (
@@ -113,7 +154,6 @@ def _followed(model: nn.Module, inputs: Any, grad: bool) -> list[Touch]:
         Watch(),
     ):
         skeleton(*args, **kwargs)
-    return found
 
 
 def _writes(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], tensor: Tensor) -> bool:
@@ -126,9 +166,26 @@ def _writes(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], tensor: T
     return False
 
 
-def divide(model: nn.Module, touches: Iterable[Touch], cap: int | None = None) -> Division:
-    """Blocks of at most `cap` bytes (where no unit is larger), by default a twelfth of all."""
+def divide(
+    model: nn.Module,
+    touches: Iterable[Touch],
+    cap: int | None = None,
+    *,
+    stay: Mapping[str, str] | None = None,
+    streamed: Container[str] | None = None,
+) -> Division:
+    """Blocks of at most `cap` bytes (where no unit is larger), by default a twelfth of all.
+
+    Args:
+        model: Whose parameters they are; a skeleton will do.
+        touches: What `touches_of` found.
+        cap: In bytes.
+        stay: Parameters that are to be in no block, with reasons.
+        streamed: Parameters whose blocks must not stay on the device; those of all others must.
+    """
+    changing = touches.changing if isinstance(touches, Touches) else set()
     touches = list(touches)
+    stay = stay or {}
     by_name: dict[str, list[Touch]] = {}
     for touch in touches:
         by_name.setdefault(touch.name, []).append(touch)
@@ -136,8 +193,13 @@ def divide(model: nn.Module, touches: Iterable[Touch], cap: int | None = None) -
     owners = _owners(model)
     stays: list[tuple[str, str]] = []
     tree = _Tree({n: p.numel() * p.element_size() for n, p in parameters.items()})
+    if streamed is not None:
+        tree.streamed = {name: name in streamed for name in parameters}
     for name, found in by_name.items():
         tree.called.update(path for touch in found for path in touch.stack)
+        if name in stay:
+            stays.append((name, stay[name]))
+            continue
         entries = _entries(owners[id(parameters[name])], found)
         if any(touch.written for touch in found):
             stays.append((name, "the call itself changes it"))
@@ -159,7 +221,8 @@ def divide(model: nn.Module, touches: Iterable[Touch], cap: int | None = None) -
         index = place.get(touch.name)
         if not touch.grad and index is not None and order[-1:] != [index]:
             order.append(index)
-    return Division(blocks, order, stays)
+    called = {entry for block in blocks for entry in block.entries}
+    return Division(blocks, order, stays, changing & called)
 
 
 def _owners(model: nn.Module) -> dict[int, list[str]]:
@@ -200,6 +263,7 @@ class _Tree:
     units: dict[str, list[str]] = field(default_factory=dict)  # in the order of their first use
     shared: dict[str, list[str]] = field(default_factory=dict)  # parameter: its several entries
     called: set[str] = field(default_factory=set)
+    streamed: dict[str, bool] = field(default_factory=dict)
     cap: int = 0
     left: list[tuple[str, str]] = field(default_factory=list)
 
@@ -213,10 +277,7 @@ class _Tree:
             else:
                 apart.setdefault(tuple(entries), []).append(name)
         self.shared = {name: list(e) for e, names in apart.items() for name in names}
-        groups = {
-            key: Block(names, list(key), sum(self.sizes[n] for n in names))
-            for key, names in apart.items()
-        }
+        groups = {key: self._block(names, list(key)) for key, names in apart.items()}
         blocks: list[Block] = []
         for chunk in self._chunks(""):
             # What else a module with a shared parameter needs comes with that: one block a call.
@@ -224,7 +285,11 @@ class _Tree:
             last = blocks[-1] if blocks else None
             if group is not None:
                 self._add(group, chunk)
-            elif last is not None and last.nbytes + chunk.nbytes <= self.cap:
+            elif (
+                last is not None
+                and last.nbytes + chunk.nbytes <= self.cap
+                and last.streamed == chunk.streamed
+            ):
                 self._add(last, chunk)
             else:
                 blocks.append(chunk)
@@ -236,6 +301,14 @@ class _Tree:
         block.parameters += more.parameters
         block.entries += [entry for entry in more.entries if entry not in block.entries]
         block.nbytes += more.nbytes
+        if more.streamed:
+            block.streamed = True
+
+    def _block(self, names: list[str], entries: list[str]) -> Block:
+        """Streamed as a whole if any of its parameters is."""
+        found = {self.streamed.get(name) for name in names}
+        streamed = True if True in found else None if None in found else False
+        return Block(names, entries, sum(self.sizes[n] for n in names), streamed)
 
     def _nested(self, entries: Sequence[str]) -> bool:
         """Whether the modules have others with units in them, or are in such ones."""
@@ -253,9 +326,10 @@ class _Tree:
         size = sum(self.sizes[name] for name in names)
         apart = any(_under(e, path) for entries in self.shared.values() for e in entries)
         if path and below == [path]:
-            return [Block(names, [path], size)]
-        if path and size <= self.cap and not apart:
-            return [Block(names, self._highest(path), size)]
+            return [self._block(names, [path])]
+        alike = len({self.streamed.get(name) for name in names}) < 2
+        if path and size <= self.cap and not apart and alike:
+            return [self._block(names, self._highest(path))]
         # Blocks must not lie within each other, so that what is the module's own stays.
         own = self.units.get(path, [])
         self.left += [(name, "used beside blocks of its module") for name in own]

@@ -1,10 +1,11 @@
-"""Offloading switched on and off: from a model and a limit to a session."""
+"""Offloading switched on and off: from a model, or a pipeline of them, and a limit to a session."""
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -15,33 +16,52 @@ from ..estimator import weight_bytes
 from ..first_run import by_name
 from ..probing import cache_folder
 from ..sizes import format_size, parse_size
-from .blocks import Division, divide, touches_of
+from .blocks import Block, Division, divide, touches_of
+from .pressure import Pressure, PressureEvent
 from .session import Lent, OffloadSession
-from .store import BlockStore
+from .store import LARGE_PAGE, PAGE, SMALL, BlockStore, empty_specs
+from .turns import PipelineSession, Turns, components_of
 
 SLOTS, DEPTH, THREADS = 3, 1, 2
-# Below this much to move, memory is counted in small pages: large ones would be most of the limit.
-SMALL = 256 << 20
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a user asked for, in bytes; what is decided once for all blocks."""
+
+    limit: int
+    buffer: int
+    folder: str
+    pressure: bool | Callable[[PressureEvent], None] = True
+    slots: int = SLOTS
+    on_host: Collection[str] = ()
 
 
 def enable_vram_management(
-    model: nn.Module,
+    model: Any,
     vram_limit: int | float | str | None = None,
     vram_buffer: int | float | str = 0.5,
     *,
     inputs: Any = None,
     folder: str | os.PathLike[str] | None = None,
-) -> nn.Module:
+    pressure: bool | Callable[[PressureEvent], None] = True,
+    skip: Collection[str] = (),
+) -> Any:
     """Keep at most `vram_limit` of the model's weights in memory; the rest is read when needed.
 
     Args:
-        model: A module on the CPU, plain or converted; changed in place, and returned.
+        model: A module on the CPU, plain or converted; or a pipeline: an object that holds modules,
+            which then take turns. Changed in place, and returned.
         vram_limit: Bounds the weights in memory: a number of GiB, or text such as "6 GB". None: all
             the memory that is available now.
         vram_buffer: Kept free within the limit.
         inputs: One call's inputs (or their shapes, as for `vramkit.estimate`), from which is seen
             which weights a call uses, and in what order. Without, the first call's inputs serve.
+            For a pipeline a dict: by component's name, those of its call.
         folder: Where the weights are written, on a disk (by default the user's cache folder).
+        pressure: Whether blocks that stay in memory are given up when it runs short, for other
+            processes or for a call of this model, and taken back later; a function is told of it.
+        skip: Components of a pipeline that stay in memory whole.
 
     The weights are written to one file, which goes with the session, and read from it block by
     block, ahead of need, past the page cache where the file is not in it. The limit bounds weights:
@@ -52,19 +72,108 @@ def enable_vram_management(
     a call cannot be followed on fake tensors, for models on other devices, and where nothing can be
     moved; OSError where the file cannot be written. The model is as it was then.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"offloading takes a module, not {type(model).__name__}")
-    if any(p.device.type != "cpu" for p in model.parameters()):
-        raise ValueError("only models on the CPU can be offloaded so far (docs/gpu-status.md)")
     if getattr(model, "vramkit_session", None) is not None:
         raise ValueError("this model is offloaded already; model.vramkit_session.disable() first")
-    buffer = parse_size(vram_buffer)
     limit = _available() if vram_limit is None else parse_size(vram_limit)
     where = os.fspath(folder) if folder is not None else str(cache_folder() / "blocks")
-    if inputs is not None:
-        start(model, divide(model, touches_of(model, inputs)), limit, buffer, where)
+    settings = Settings(limit, parse_size(vram_buffer), where, pressure)
+    single = isinstance(model, nn.Module) and type(model).forward is not nn.Module.forward
+    if not single:
+        enable_pipeline(model, components_of(model), settings, inputs, skip)
         return model
+    if skip:
+        raise ValueError("skip= names components of a pipeline; this is one module")
+    _on_cpu(model)
+    if inputs is not None:
+        start(model, divide(model, touches_of(model, inputs)), settings)
+    else:
+        at_first_call(
+            model, lambda call: start(model, divide(model, touches_of(model, call)), settings)
+        )
+    return model
 
+
+def enable_pipeline(
+    pipeline: Any,
+    components: Mapping[str, nn.Module],
+    settings: Settings,
+    inputs: Any,
+    skip: Collection[str],
+    places: Mapping[str, Places] | None = None,
+) -> PipelineSession:
+    """Components that take turns within one limit; raises as `enable_vram_management`."""
+    if inputs is not None and not (isinstance(inputs, Mapping) and set(inputs) <= set(components)):
+        raise ValueError(
+            f"the inputs of a pipeline are a dict by component, of {', '.join(components)}"
+        )
+    unknown = set(skip) - set(components)
+    if unknown:
+        raise ValueError(f"skip= names {min(unknown)!r}, of {', '.join(components)}")
+    for module in components.values():
+        _on_cpu(module)
+    turns = Turns(settings.limit - settings.buffer)
+    session = PipelineSession(pipeline, components, turns, settings.folder, skip)
+    try:
+        for name, module in session.moved.items():
+            asked = places[name] if places is not None else None
+            session.watch(name, module, _starter(settings, session, asked))
+            if inputs is not None and name in inputs:
+                session.call(name, inputs[name])
+    except BaseException:
+        session.disable()
+        raise
+    object.__setattr__(pipeline, "vramkit_session", session)
+    return session
+
+
+# (most bytes of a block, ids of parameters that are streamed, ids of those that wait on the host):
+# what a plan says of a component. Its other parameters stay for the length of its turn.
+Places = tuple[int | None, Collection[int], Collection[int]]
+
+
+def _starter(
+    settings: Settings, session: PipelineSession, places: Places | None
+) -> Callable[[nn.Module, Any], OffloadSession]:
+    def begin(module: nn.Module, inputs: Any) -> OffloadSession:
+        cap, streamed_ids, host_ids = places if places is not None else (None, None, ())
+        names = {id(p): n for n, p in module.named_parameters()}
+        streamed = None
+        if streamed_ids is not None:
+            streamed = {n for i, n in names.items() if i in streamed_ids}
+        on_host = {n for i, n in names.items() if i in host_ids}
+        taken = session.names_taken(module)
+        touches = touches_of(module, inputs)
+        division = divide(module, touches, cap, stay=taken, streamed=streamed)
+        if not division.blocks:  # a layer that is called by itself
+            own = [n for n in names.values() if n not in taken]
+            size = sum(
+                p.numel() * p.element_size() for n, p in module.named_parameters() if n in own
+            )
+            division = Division([Block(own, [""], size)], [0], list(taken.items()))
+        moved = {n for block in division.blocks for n in block.parameters}
+        stay = [p for n, p in module.named_parameters() if n not in moved]
+        turns = session.turns
+        before = turns.fixed_bytes
+        turns.settle(turns.room, before + session.waiting_bytes(stay))
+        try:
+            mine = replace(settings, limit=turns.room, buffer=0, on_host=on_host)
+            found = start(module, division, mine, turns=turns)
+        except BaseException:
+            turns.settle(turns.room, before)
+            raise
+        turns.sessions.append(found)
+        return found
+
+    return begin
+
+
+def _on_cpu(model: nn.Module) -> None:
+    if any(p.device.type != "cpu" for p in model.parameters()):
+        raise ValueError("only models on the CPU can be offloaded so far (docs/gpu-status.md)")
+
+
+def at_first_call(model: nn.Module, begin: Callable[[Any], Any]) -> None:
+    """`begin` with the inputs of the first call, before it runs; where it fails, nothing runs."""
     first = threading.Lock()
 
     def around(inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -72,15 +181,13 @@ def enable_vram_management(
             if model.__dict__.get("forward") is lent:  # else another thread was faster
                 del model.__dict__["forward"]
                 try:
-                    touches = touches_of(model, by_name(model, args, kwargs))
-                    start(model, divide(model, touches), limit, buffer, where)
+                    begin(by_name(model, args, kwargs))
                 except BaseException:
                     model.__dict__["forward"] = lent  # nothing runs whole unasked
                     raise
         return model.forward(*args, **kwargs)
 
     lent = model.__dict__["forward"] = Lent(model, around)
-    return model
 
 
 def _available() -> int:
@@ -94,7 +201,7 @@ def _available() -> int:
 
 
 def start(
-    model: nn.Module, division: Division, limit: int, buffer: int, folder: str
+    model: nn.Module, division: Division, settings: Settings, *, turns: Turns | None = None
 ) -> OffloadSession:
     """Move the blocks to a file, and lend them from there within the limit."""
     if not division.blocks:
@@ -103,24 +210,12 @@ def start(
             "its modules"
         )
     moved = sum(block.nbytes for block in division.blocks)
-    fixed = weight_bytes(model) - moved
-    store = BlockStore(model, division.blocks, folder)
+    fixed = weight_bytes(model) - moved if turns is None else turns.fixed_bytes
+    store = BlockStore(model, division.blocks, settings.folder, settings.on_host)
 
     def make_engine(room: int) -> _core.Engine:
-        blocks = [
-            _core.BlockSpec(", ".join(block.entries), size, [_core.Extent(0, at, 0, size)])
-            for block, at, size in zip(division.blocks, store.starts, store.sizes, strict=True)
-        ]
-        return _core.Engine(
-            [_core.FileSource(str(store.path))],
-            blocks,
-            limit=room,
-            order=division.order,
-            depth=DEPTH,
-            slots=SLOTS,
-            threads=THREADS,
-            granularity=4096 if moved < SMALL else 2 << 20,
-        )
+        specs = [store.spec(i, block) for i, block in enumerate(division.blocks)]
+        return _engine(store.sources(), specs, division, settings, room)
 
     try:
         session = OffloadSession(
@@ -128,21 +223,61 @@ def start(
             division,
             store,
             make_engine,
-            limit=limit,
-            buffer_bytes=buffer,
+            limit=settings.limit,
+            buffer_bytes=settings.buffer,
             fixed_bytes=fixed,
+            turns=turns,
         )
     except BudgetError as error:
         store.release()
-        needed = error.needed_bytes + fixed + buffer
-        raise BudgetError(
-            f"no room for the slots within {format_size(limit)}: the smallest limit that would do "
-            f"is {format_size(needed)} ({needed} B), of which {format_size(fixed)} always stay in "
-            f"memory and {format_size(buffer)} are buffer",
-            needed,
-        ) from None
+        raise _no_room(error, fixed, settings) from None
     except BaseException:
         store.release()
         raise
+    if settings.pressure is False:
+        session.pressure = None
+    elif settings.pressure is not True:
+        session.pressure = Pressure(session, settings.pressure)
     object.__setattr__(model, "vramkit_session", session)
     return session
+
+
+def _engine(
+    sources: list[_core.Source],
+    specs: list[_core.BlockSpec],
+    division: Division,
+    settings: Settings,
+    room: int,
+) -> _core.Engine:
+    moved = sum(block.nbytes for block in division.blocks)
+    return _core.Engine(
+        sources,
+        specs,
+        limit=room,
+        order=division.order,
+        depth=DEPTH,
+        slots=settings.slots,
+        threads=THREADS,
+        granularity=PAGE if moved < SMALL else LARGE_PAGE,
+    )
+
+
+def check_room(model: nn.Module, division: Division, settings: Settings) -> None:
+    """BudgetError if the blocks do not fit; the model may be one without memory."""
+    fixed = weight_bytes(model) - sum(block.nbytes for block in division.blocks)
+    specs = empty_specs(model, division.blocks)
+    try:
+        room = max(0, settings.limit - settings.buffer - fixed)
+        _engine([], specs, division, settings, room).close()
+    except BudgetError as error:
+        raise _no_room(error, fixed, settings) from None
+
+
+def _no_room(error: BudgetError, fixed: int, settings: Settings) -> BudgetError:
+    needed = error.needed_bytes + fixed + settings.buffer
+    return BudgetError(
+        f"no room for the slots within {format_size(settings.limit)}: the smallest limit that "
+        f"would do is {format_size(needed)} ({needed} B), of which {format_size(fixed)} always "
+        f"stay in memory and {format_size(settings.buffer)} are buffer",
+        needed,
+    )

@@ -11,7 +11,7 @@ import threading
 import types
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,11 @@ from .. import _core
 from ..errors import VramkitError
 from ..sizes import parse_size
 from .blocks import Division
+from .pressure import Pressure, PressureEvent
 from .store import BlockStore, Place
+
+if TYPE_CHECKING:
+    from .turns import Turns
 
 
 class Lent:
@@ -68,6 +72,9 @@ class OffloadSession:
     Attributes:
         division: The blocks, their order, and the parameters that stay in memory, with reasons.
         fixed_bytes: What stays: parameters that are in no block, and buffers.
+        room: Bytes that blocks may take: the limit less the buffer and `fixed_bytes`.
+        pressure: What gives residents up when memory runs short, and takes them back; None: off.
+        pressure_events: What it did.
     """
 
     def __init__(
@@ -80,20 +87,25 @@ class OffloadSession:
         limit: int,
         buffer_bytes: int,
         fixed_bytes: int,
+        turns: Turns | None = None,
     ) -> None:
         self.division, self.store, self._model = division, store, weakref.ref(model)
         self.fixed_bytes, self.buffer_bytes = fixed_bytes, buffer_bytes
         self._make_engine = make_engine
-        self._lock = threading.RLock()
+        self.turns = turns
+        self._lock = threading.RLock() if turns is None else turns.lock
         self._guests = [
-            _Guest(places, views) for places, views in zip(store.places, store.views, strict=True)
+            _Guest(layout.places, views)
+            for layout, views in zip(store.layouts, store.views, strict=True)
         ]
         self._wrapped: list[nn.Module] = []
-        self._room = max(0, limit - buffer_bytes - fixed_bytes)
+        self.room = max(0, limit - buffer_bytes - fixed_bytes)
+        self.pressure_events: list[PressureEvent] = []
+        self.pressure: Pressure | None = Pressure(self)
         self._start_engine()
         for index, block in enumerate(division.blocks):
             for entry in block.entries:
-                self._wrap(model.get_submodule(entry), index)
+                self._wrap(model.get_submodule(entry), entry, index)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copy of the model is a resident one."""
@@ -103,23 +115,31 @@ class OffloadSession:
         return type(None), ()
 
     def _start_engine(self) -> None:
-        self.engine = self._make_engine(self._room)
+        self.engine = self._make_engine(self.room)
         self._arena = torch.frombuffer(self.engine.view(), dtype=torch.uint8)
         for guest in self._guests:
             guest.slots = {}
 
-    def _wrap(self, module: nn.Module, index: int) -> None:
+    def _wrap(self, module: nn.Module, entry: str, index: int) -> None:
         def around(inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
             with self._lock:
                 self._enter(index)
                 try:
                     with self._saved_tensors():
-                        return self._apart(inner(*args, **kwargs))
+                        return self._apart(self._run(entry, inner, args, kwargs))
                 finally:
                     self._leave(index)
 
         module.__dict__["forward"] = Lent(module, around)
         self._wrapped.append(module)
+
+    def _run(
+        self, entry: str, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if self.pressure is None:
+            return inner(*args, **kwargs)
+        repeatable = entry not in self.division.changing
+        return self.pressure.run(inner, args, kwargs, repeatable=repeatable)
 
     def _enter(self, index: int) -> None:
         guest = self._guests[index]
@@ -127,6 +147,10 @@ class OffloadSession:
         if guest.inside > 1:
             return
         try:
+            if self.turns is not None:
+                self.turns.take(self)
+            if self.pressure is not None:
+                self.pressure.look()
             self._look_for_changes(index)
             address = self.engine.acquire(index)
         except BaseException:
@@ -135,7 +159,7 @@ class OffloadSession:
         views = guest.slots.get(address)
         if views is None:
             start = address - self.engine.base
-            run = self._arena[start : start + self.store.sizes[index]]
+            run = self._arena[start : start + self.store.layouts[index].nbytes]
             views = guest.slots[address] = [place.view(run) for place in guest.places]
         for place, view in zip(guest.places, views, strict=True):
             place.parameter.data = view
@@ -221,6 +245,11 @@ class OffloadSession:
             return kept(result)
         return torch.utils._pytree.tree_map_only(Tensor, kept, result)
 
+    @property
+    def device_bytes(self) -> int:
+        """What the model's weights take now: what stays, residents and slots."""
+        return self.fixed_bytes + self.engine.stats().committed
+
     def stats(self) -> _core.EngineStats:
         """Bytes, counts and times since the model was offloaded, or last changed from outside.
 
@@ -233,13 +262,21 @@ class OffloadSession:
 
         Raises BudgetError, with nothing changed, for less than one block needs.
         """
+        self._alone("resize")
         room = parse_size(vram_limit) - self.buffer_bytes - self.fixed_bytes
         with self._lock:
             self.engine.resize(max(0, room))
-            self._room = room
+            self.room = room
+
+    def _alone(self, what: str) -> None:
+        if self.turns is not None:
+            raise ValueError(
+                f"this module takes turns with others: {what} the session of the pipeline"
+            )
 
     def disable(self) -> None:
         """The model as it was before: plain forwards, and parameters of its own in memory."""
+        self._alone("disable")
         with self._lock:
             for module in self._wrapped:
                 del module.__dict__["forward"]

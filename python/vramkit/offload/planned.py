@@ -1,0 +1,111 @@
+"""A plan carried out: what it streams moves to its tier, what takes turns takes turns."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..candidates import Candidate
+from ..convert import candidates
+from ..layers import QuantizedLayer
+from ..layers.base import PART_NAMES
+from ..probing import cache_folder
+from .blocks import Division, divide, touches_of
+from .manage import Settings, at_first_call, check_room, enable_pipeline, start
+
+if TYPE_CHECKING:
+    from ..plans import Plan
+
+
+def tiers_of(plan: Plan, model: nn.Module, before: list[Candidate]) -> dict[str, str]:
+    """The tier of every parameter that the plan streams.
+
+    `model` is converted as planned; `before` are its candidates as they were before.
+    """
+    tiers = {e.name: e.tier for e in plan.entries if e.tier != "resident"}
+    names = {id(p): name for name, p in model.named_parameters()}
+    found: dict[str, str] = {}
+    for candidate in before:
+        tier = tiers.get(candidate.name)
+        if tier is None:
+            continue
+        for user in candidate.users:
+            module = model.get_submodule(user.name)
+            if isinstance(module, QuantizedLayer) and user.leaf in module.stored_names:
+                parts = [module.stored_part(user.leaf, part) for part in PART_NAMES]
+                found |= {names[id(p)]: tier for p in parts if id(p) in names}
+            elif candidate.folding is not None:
+                found |= dict.fromkeys(candidate.source_names, tier)
+            else:
+                found[names[id(module._parameters[user.leaf])]] = tier
+    return found
+
+
+def settings_of(
+    plan: Plan, tiers: Mapping[str, str], folder: str | os.PathLike[str] | None
+) -> Settings:
+    """What the plan says of memory: its limit, and the calls' own memory as part of the buffer."""
+    activations = max((phase.activations_bytes for phase in plan.phases), default=0)
+    where = os.fspath(folder) if folder is not None else str(cache_folder() / "blocks")
+    return Settings(
+        plan.limit_bytes,
+        plan.buffer_bytes + activations,
+        where,
+        slots=plan.slots,
+        on_host=frozenset(name for name, tier in tiers.items() if tier == "host"),
+    )
+
+
+def divided(plan: Plan, model: nn.Module, inputs: Any, tiers: Mapping[str, str]) -> Division:
+    """Blocks of what the plan streams, none larger than its slots where a module allows it."""
+    names = (name for name, _ in model.named_parameters())
+    stay = {name: "the plan keeps it in memory" for name in names if name not in tiers}
+    return divide(model, touches_of(model, inputs), _cap(plan, ""), stay=stay, streamed=set(tiers))
+
+
+def _cap(plan: Plan, component: str) -> int | None:
+    sizes = [p.slot_bytes for p in plan.phases if p.name == component]
+    return sizes[0] if sizes and sizes[0] else None
+
+
+def check(plan: Plan, model: nn.Module, inputs: Any) -> Division:
+    """The division of a model that is still to be converted; BudgetError if it does not fit.
+
+    Nothing of the model is changed, or read.
+    """
+    from ..estimator import meta_copy
+
+    skeleton = meta_copy(model)
+    before, _ = candidates(skeleton)
+    plan.convert(skeleton)
+    tiers = tiers_of(plan, skeleton, before)
+    division = divided(plan, skeleton, inputs, tiers)
+    check_room(skeleton, division, settings_of(plan, tiers, None))
+    return division
+
+
+def stream(
+    plan: Plan,
+    model: nn.Module,
+    before: list[Candidate],
+    inputs: Any,
+    division: Division | None,
+    folder: str | os.PathLike[str] | None,
+) -> None:
+    """Offload the converted model as the plan says; without a division at its first call."""
+    tiers = tiers_of(plan, model, before)
+    settings = settings_of(plan, tiers, folder)
+    if len(plan.phases) > 1:
+        components = {p.name: model.get_submodule(p.name) for p in plan.phases}
+        parameters = dict(model.named_parameters())
+        streamed = {id(parameters[name]) for name in tiers}
+        by_id = {id(parameters[name]) for name in settings.on_host}
+        places = {name: (_cap(plan, name), streamed, by_id) for name in components}
+        enable_pipeline(model, components, settings, inputs, (), places)
+    elif division is not None:
+        start(model, division, settings)
+    else:
+        at_first_call(model, lambda call: start(model, divided(plan, model, call, tiers), settings))
