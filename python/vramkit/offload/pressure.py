@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -120,29 +121,30 @@ class Pressure:
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
-                failed = error
-            wanted = bytes_asked_for(failed)
-            engine = self._session.engine
-            more = engine.give_up(wanted if wanted is not None else engine.stats().resident_bytes)
-            given += more
-            asked = "" if wanted is None else f" of {format_size(wanted)} ({wanted} B)"
-            text = f"{failed}\nan allocation{asked} failed"
-            gone = f"{format_size(given)} of resident blocks had been given up" if given else ""
-            if not more:
-                after = f", after {gone}" if gone else ""
-                advice = "lower vram_limit, or give the call less to do"
-                text += f"{after}, and no resident block was left to be given up: {advice}"
-                raise type(failed)(text) from failed
-            if not repeatable or before is None or _versions((args, kwargs)) != before:
-                why = "it may have changed what it was given"
-            elif not torch.equal(torch.get_rng_state(), random):
-                why = "it has drawn random numbers"
-            else:
-                self._tell(PressureEvent("retried", more))
-                continue
-            raise type(failed)(
-                f"{text}. {gone}, but the block was not run again: {why}"
-            ) from failed
+                # Else what the forward had made so far lives as long as the error does.
+                traceback.clear_frames(error.__traceback__)
+                more = self._give_up_for(error)
+                given += more
+                why = None
+                if not more:
+                    why = "no resident block was left to be given up: lower vram_limit, or give "
+                    why += "the call less to do"
+                elif not repeatable or before is None or _versions((args, kwargs)) != before:
+                    why = "the block was not run again: it may have changed what it was given"
+                elif not torch.equal(torch.get_rng_state(), random):
+                    why = "the block was not run again: it has drawn random numbers"
+                if why is not None:
+                    wanted = bytes_asked_for(error)
+                    asked = "" if wanted is None else f" of {format_size(wanted)} ({wanted} B)"
+                    text = f"{error}\nan allocation{asked} failed after {format_size(given)} of "
+                    text += f"resident blocks had been given up; {why}"
+                    raise type(error)(text) from error
+            self._tell(PressureEvent("retried", more))
+
+    def _give_up_for(self, error: BaseException) -> int:
+        wanted = bytes_asked_for(error)
+        engine = self._session.engine
+        return engine.give_up(wanted if wanted is not None else engine.stats().resident_bytes)
 
     def _tell(self, event: PressureEvent) -> None:
         self._session.pressure_events.append(event)
