@@ -67,6 +67,17 @@ class OutOfMemoryError : public Error {
   std::int64_t bytes_;
 };
 
+// A device that failed at something other than memory (Python: vramkit.VramkitError). `code` is the
+// device's own.
+class DeviceError : public Error {
+ public:
+  DeviceError(int code, const std::string& what) : Error(what), code_(code) {}
+  int code() const { return code_; }
+
+ private:
+  int code_;
+};
+
 // A file that is no longer what it was when it was opened (Python:
 // vramkit.errors.FileChangedError).
 class FileChangedError : public Error {

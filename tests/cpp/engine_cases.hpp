@@ -1,5 +1,6 @@
 // What the engine's tests share: files and memory with bytes that tell where they come from, disks
-// that wait, fail and fall short on demand, and engines over them.
+// that wait, fail and fall short on demand, and engines over them, on each device that there is:
+// this machine, and a CUDA device of fake_cuda.hpp with and without virtual memory management.
 #pragma once
 #include <fcntl.h>
 #include <gtest/gtest.h>
@@ -19,7 +20,9 @@
 #include <vector>
 
 #include "checkpoint_files.hpp"
+#include "core/engine/cuda_backend.hpp"
 #include "core/engine/engine.hpp"
+#include "fake_cuda.hpp"
 
 namespace vramkit::testing {
 
@@ -96,9 +99,9 @@ class TestDisk : public DiskCalls {
 
 template <typename Condition>
 bool soon(Condition condition) {
-  for (int i = 0; i < 4000; ++i) {
+  for (int i = 0; i < 40'000; ++i) {
     if (condition()) return true;
-    std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    std::this_thread::sleep_for(std::chrono::microseconds(500));
   }
   return false;
 }
@@ -108,10 +111,32 @@ auto elsewhere(Function function) {
   return std::async(std::launch::async, function);
 }
 
+enum class DeviceKind { host, cuda, cuda_pieces };
+
 // Blocks in one file, one after another, or in memory.
 class EngineTest : public CheckpointFolderTest {
  protected:
   static constexpr std::int64_t kBlock = 3 * kSmallPage;
+
+  void use(DeviceKind kind) {
+    kind_ = kind;
+    if (kind == DeviceKind::host) return;
+    FakeCuda::Options options;
+    options.granularity = kind == DeviceKind::cuda ? kSmallPage : 0;
+    cuda_ = std::make_shared<FakeCuda>(options);
+  }
+  void TearDown() override {
+    if (cuda_ != nullptr) {
+      for (const std::string& complaint : cuda_->complaints()) ADD_FAILURE() << complaint;
+    }
+    CheckpointFolderTest::TearDown();
+  }
+  bool on_host() const { return kind_ == DeviceKind::host; }
+
+  std::shared_ptr<Backend> backend() {
+    if (on_host()) return std::make_shared<HostBackend>(memory_);
+    return std::make_shared<CudaBackend>(cuda_, 0, kSmallPage);
+  }
 
   // `count` blocks of `bytes`, in a file, read through disk_.
   EngineConfig config(std::int64_t count, std::int64_t limit, std::int64_t bytes = kBlock) {
@@ -126,7 +151,7 @@ class EngineTest : public CheckpointFolderTest {
     }
     file_ = put(all, "blocks");
     config.sources = {std::make_shared<FileSource>(file_, DirectReads::automatic, disk_)};
-    config.backend = std::make_shared<HostBackend>(memory_);
+    config.backend = backend();
     config.options.limit = limit;
     config.options.piece = kSmallPage;
     config.options.poison = true;
@@ -134,9 +159,21 @@ class EngineTest : public CheckpointFolderTest {
     return config;
   }
 
-  void expect_content(const Engine& engine, std::int64_t block, const std::byte* at) const {
-    const std::string& want = contents_[static_cast<std::size_t>(block)];
-    EXPECT_EQ(std::memcmp(at, want.data(), want.size()), 0) << engine.spec(block).name;
+  // Of bytes on the device: seen at once there, or when the stream comes to it.
+  void expect_bytes(const std::byte* at, const std::string& want, const std::string& what,
+                    StreamHandle stream = nullptr) const {
+    if (on_host()) {
+      EXPECT_EQ(std::memcmp(at, want.data(), want.size()), 0) << what;
+    } else {
+      cuda_->expect(at, want, stream, what);
+    }
+  }
+  std::byte first_byte(const std::byte* at) const {
+    return on_host() ? *at : static_cast<std::byte>(cuda_->read(at, 1, nullptr)[0]);
+  }
+  void expect_content(const Engine& engine, std::int64_t block, const std::byte* at,
+                      StreamHandle stream = nullptr) const {
+    expect_bytes(at, contents_[static_cast<std::size_t>(block)], engine.spec(block).name, stream);
   }
   // One call of a block as a model makes it.
   void call(Engine& engine, std::int64_t block) const {
@@ -160,10 +197,26 @@ class EngineTest : public CheckpointFolderTest {
     }));
   }
 
+  DeviceKind kind_ = DeviceKind::host;
+  std::shared_ptr<FakeCuda> cuda_;
   std::shared_ptr<Memory> memory_ = std::make_shared<HostMemory>(kSmallPage);
   std::shared_ptr<TestDisk> disk_ = std::make_shared<TestDisk>();
   std::vector<std::string> contents_;
   std::string file_;
 };
+
+class EngineOnEach : public EngineTest, public ::testing::WithParamInterface<DeviceKind> {
+ protected:
+  void SetUp() override {
+    EngineTest::SetUp();
+    use(GetParam());
+  }
+};
+inline const auto kEachDevice =
+    ::testing::Values(DeviceKind::host, DeviceKind::cuda, DeviceKind::cuda_pieces);
+inline std::string device_name(const ::testing::TestParamInfo<DeviceKind>& info) {
+  static constexpr const char* kNames[] = {"host", "cuda", "cuda_pieces"};
+  return kNames[static_cast<int>(info.param)];
+}
 
 }  // namespace vramkit::testing

@@ -12,9 +12,9 @@
 namespace vramkit::testing {
 namespace {
 
-class EngineThreads : public EngineTest {};
+class EngineThreads : public EngineOnEach {};
 
-TEST_F(EngineThreads, CallersLimitsFaultsAndInterrupts) {
+TEST_P(EngineThreads, CallersLimitsFaultsAndInterrupts) {
   constexpr int kBlocks = 12, kCallers = 4, kCalls = 400;
   disk_->instead = [](std::int64_t call, std::int64_t bytes) {
     if (call % 97 == 13) return static_cast<std::int64_t>(-EIO);
@@ -101,7 +101,7 @@ TEST_F(EngineThreads, CallersLimitsFaultsAndInterrupts) {
   EXPECT_EQ(stats.hits + stats.waits, stats.acquires);
 }
 
-TEST_F(EngineThreads, OneModelSeveralCallers) {
+TEST_P(EngineThreads, OneModelSeveralCallers) {
   // Each caller makes whole passes; slots are few, so that they wait for each other all the time.
   for (const std::int64_t slots : {1, 2, 3}) {
     contents_.clear();
@@ -127,7 +127,7 @@ TEST_F(EngineThreads, OneModelSeveralCallers) {
   }
 }
 
-TEST_F(EngineThreads, ClosedWhileOthersWait) {
+TEST_P(EngineThreads, ClosedWhileOthersWait) {
   EngineConfig c = config(4, 2 * kBlock);
   c.options.threads = 1;
   Engine engine(std::move(c));
@@ -152,6 +152,8 @@ TEST_F(EngineThreads, ClosedWhileOthersWait) {
   for (std::thread& thread : threads) thread.join();
   EXPECT_EQ(engine.stats().committed, 0);
 }
+
+INSTANTIATE_TEST_SUITE_P(On, EngineThreads, kEachDevice, device_name);
 
 }  // namespace
 }  // namespace vramkit::testing

@@ -10,8 +10,10 @@ namespace {
 // Copies happen at once, so there is nothing to order.
 class HostLane : public Lane {
  public:
-  void copy(std::byte* dst, const std::byte* src, std::int64_t bytes) override {
-    std::memcpy(dst, src, static_cast<std::size_t>(bytes));
+  void copy(std::span<const CopyRange> copies) override {
+    for (const CopyRange& copy : copies) {
+      std::memcpy(copy.dst, copy.src, static_cast<std::size_t>(copy.bytes));
+    }
   }
   void wait(Event&) override {}
   void record(Event&) override {}

@@ -121,7 +121,11 @@ Engine::Engine(EngineConfig config, Checked)
   start_threads();
 }
 
-Engine::~Engine() { stop_threads(); }
+Engine::~Engine() {
+  stop_threads();
+  // What is still leased, or on its way: the memory goes away beneath it.
+  if (current_process() == process_ && arena_->committed() > 0) backend_->drain();
+}
 
 Engine::Block& Engine::at(std::int64_t block) {
   return const_cast<Block&>(std::as_const(*this).at(block));
@@ -186,10 +190,7 @@ std::byte* Engine::acquire(std::int64_t id, StreamHandle stream, const Interrupt
   Lock lock = locked();
   require_open();
   Block& block = at(id);
-  if (block.state == BlockStatus::in_use && block.stream != stream) {
-    throw InvalidArgument("block '" + printable(block.spec.name) +
-                          "' is in use on another stream; one stream at a time may use a block");
-  }
+  refuse_other_stream(block, stream);
   parked_ = false;
   ++block.stats.acquires, ++stats_.acquires;
   predictor_.observe(id);
@@ -214,7 +215,7 @@ std::byte* Engine::acquire(std::int64_t id, StreamHandle stream, const Interrupt
   lease(block, stream);
   schedule();
   debug_check();
-  return arena_->base() + block.place->offset;
+  return block.place->address;
 }
 
 void Engine::fetch(Lock& lock, Block& block, const Interrupt& interrupt) {
@@ -277,11 +278,21 @@ void Engine::refuse_endless_wait(const Block& block) const {
                     limited_.committed() + block.home.bytes);
 }
 
+void Engine::refuse_other_stream(const Block& block, StreamHandle stream) const {
+  if (block.state == BlockStatus::in_use && block.stream != stream) {
+    throw InvalidArgument("block '" + printable(block.spec.name) +
+                          "' is in use on another stream; one stream at a time may use a block");
+  }
+}
+
 void Engine::lease(Block& block, StreamHandle stream) {
+  refuse_other_stream(block, stream);  // it may have come, and been taken, during a wait
   Place& place = *block.place;
   for (std::size_t lane = 0; lane < place.arrived.size(); ++lane) {
     if ((place.lanes >> lane & 1) != 0) backend_->wait(*place.arrived[lane], stream);
   }
+  // Another stream read the block before: whoever waits for this one waits for both.
+  if (place.used && place.stream != stream) backend_->wait(*place.released, stream);
   block.lessees.push_back(std::this_thread::get_id());
   if (block.state != BlockStatus::in_use) {
     block.state = BlockStatus::in_use;
@@ -303,9 +314,19 @@ void Engine::release(std::int64_t id, StreamHandle stream) {
   }
   auto mine = std::find(block.lessees.begin(), block.lessees.end(), std::this_thread::get_id());
   if (mine == block.lessees.end()) mine = block.lessees.end() - 1;  // another's: it may be so
+  std::exception_ptr failure;
   if (block.lessees.size() == 1) {
-    backend_->record(*block.place->released, stream);
-    block.place->used = true;
+    Place& place = *block.place;
+    try {
+      backend_->record(*place.released, stream);
+      place.used = true;
+    } catch (...) {
+      // Nothing will tell when the arithmetic is over, so it has to be now.
+      failure = std::current_exception();
+      backend_->drain();
+      place.used = false;
+    }
+    place.stream = stream;
   }
   block.lessees.erase(mine);
   if (!block.lessees.empty()) {
@@ -318,6 +339,7 @@ void Engine::release(std::int64_t id, StreamHandle stream) {
   notify();
   schedule();
   debug_check();
+  if (failure) std::rethrow_exception(failure);
 }
 
 bool Engine::prefetch(std::int64_t id) {
@@ -438,6 +460,7 @@ void Engine::close() {
   for (Block& block : blocks_) {
     if (block.state != BlockStatus::absent) make_absent(block);
   }
+  for (Place& slot : slots_) quiesce(slot);
   if (slots_committed_) arena_->decommit(0, slots_bytes_);
   slots_committed_ = false;
   for (auto& worker : workers_) worker->staging.reset();

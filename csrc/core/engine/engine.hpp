@@ -43,6 +43,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <span>
 #include <string>
 #include <thread>
 #include <vector>
@@ -167,13 +168,16 @@ class Engine {
   // until then nothing is loaded ahead. For engines that take turns. Returns the bytes given back;
   // throws InvalidArgument while blocks are leased or waited for.
   std::int64_t park(const Interrupt& interrupt = {});
+  Backend& backend() const { return *backend_; }
 
   // No more calls: ends the threads and gives the memory back. Throws InvalidArgument while blocks
   // are leased.
   void close();
   bool closed() const;
 
-  // The whole address range: constant, and what acquire() returns lies in it.
+  // The whole address range: constant, and what acquire() returns lies in it, unless the device
+  // has no addresses without memory (contiguous() is false).
+  bool contiguous() const { return !backend_->memory().names_only(); }
   std::byte* base() const { return arena_->base(); }
   std::int64_t reserved() const { return arena_->reserved(); }
   std::int64_t slot_of(std::int64_t block) const;
@@ -196,16 +200,19 @@ class Engine {
     std::int64_t block_offset = 0;  // in the block
     std::int64_t bytes = 0;
     bool in_place = false;  // whole units around it may be written
+    bool by_lane = false;   // a lane may copy it from where it is
   };
   struct Place {
     std::int64_t offset = 0;  // in the arena
     std::int64_t bytes = 0;
     std::int64_t block = -1;
+    std::byte* address = nullptr;                 // while it has a block
     bool used = false;                            // `released` was recorded
+    StreamHandle stream = nullptr;                // there
     std::unique_ptr<Event> released;              // by the arithmetic
     std::vector<std::unique_ptr<Event>> arrived;  // by lane
     std::uint64_t lanes = 0;                      // that took part in the load
-    std::uint64_t lanes_before = 0;               // that took part in the one before it
+    std::uint64_t lanes_before = 0;               // that took part in earlier ones
   };
   struct Block {
     BlockSpec spec;
@@ -228,12 +235,14 @@ class Engine {
     std::int64_t since_ns = 0;             // of its first lease
     BlockStats stats;
   };
+  static constexpr std::size_t kTogether = 32;  // pieces that a lane is given at once
   struct Worker {
     std::int64_t index = 0;
     std::unique_ptr<Lane> lane;
     Allocation staging;
     std::int64_t half = 0;  // bytes
     std::array<std::unique_ptr<Event>, 2> copied;
+    std::array<CopyRange, kTogether> copies;
     std::thread thread;
   };
   using Lock = std::unique_lock<std::mutex>;
@@ -262,14 +271,15 @@ class Engine {
   void require_open() const;
   void fetch(Lock& lock, Block& block, const Interrupt& interrupt);
   void lease(Block& block, StreamHandle stream);
+  void refuse_other_stream(const Block& block, StreamHandle stream) const;
   void request(Block& block, Place& place, bool first);
   Rank rank(const Place& place) const;
   Place* place_for(Block& block);
   Place* home_for(Block& block);
   bool slots_ready();
   bool vacate(Place& place);
-  void quiesce(Place& place);
   void make_absent(Block& block);
+  void quiesce(Place& place) noexcept;
   void settle(Block& block);
   void schedule();
   void look_ahead();
@@ -290,7 +300,8 @@ class Engine {
   void start_threads();
   void stop_threads() noexcept;
   void work(Worker& worker);
-  ReadPath transfer(Worker& worker, const Piece& piece, Place& place);
+  std::size_t pieces_at_once(const Block& block) const;
+  ReadPath transfer(Worker& worker, std::span<const Piece> pieces, Place& place);
   void through_staging(Worker& worker, const Piece& piece, std::byte* dst, ReadPath path);
   void finish(Block& block);
   void leave_copying();

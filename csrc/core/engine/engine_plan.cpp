@@ -46,6 +46,9 @@ void Engine::cut_pieces(Block& block) {
   }
   for (std::size_t index = 0; index < spec.extents.size(); ++index) {
     const Extent& e = spec.extents[index];
+    const Source& source = *sources_[static_cast<std::size_t>(e.source)];
+    const bool by_lane = source.memory() != nullptr &&
+                         backend_->copies_from(source.memory() + e.source_offset, e.bytes);
     const std::int64_t first = round_down_to(e.block_offset, kDirectUnit);
     const std::int64_t last = round_up_to(e.block_offset + e.bytes, kDirectUnit);
     bool in_place = (e.block_offset - e.source_offset) % kDirectUnit == 0 && last <= room;
@@ -64,8 +67,7 @@ void Engine::cut_pieces(Block& block) {
       const std::int64_t at = e.source_offset + done;
       const std::int64_t cut = round_down_to(at, kDirectUnit) + step;
       const std::int64_t bytes = std::min(e.bytes - done, cut - at);
-      block.pieces.push_back({sources_[static_cast<std::size_t>(e.source)].get(), at,
-                              e.block_offset + done, bytes, in_place});
+      block.pieces.push_back({&source, at, e.block_offset + done, bytes, in_place, by_lane});
       done += bytes;
     }
   }
@@ -112,6 +114,8 @@ void Engine::lay_out_in(std::int64_t most, const std::vector<std::int64_t>& orde
   for (std::size_t index = 0; index < blocks_.size(); ++index) {
     Block& block = blocks_[index];
     block.slot = plan.slot_of[index];
+    // In granules of its own where it must be in one piece.
+    if (limited_.names_only()) end = round_up_to(end, limited_.granularity());
     block.home.offset = end;
     block.home.bytes = round_up_to(block.spec.bytes, kDirectUnit);
     end += block.home.bytes;
@@ -135,7 +139,7 @@ std::int64_t Engine::staging_half() const {
   const bool addressable = backend_->host_addressable();
   for (const Block& block : blocks_) {
     for (const Piece& piece : block.pieces) {
-      if (piece.source->memory() != nullptr || (addressable && piece.in_place)) continue;
+      if (piece.by_lane || (addressable && piece.in_place)) continue;
       const std::int64_t half = addressable ? std::min(options_.piece, kBounce) : options_.piece;
       // Room for the units that a piece begins and ends in.
       return round_up_to(half, kDirectUnit) + 2 * kDirectUnit;

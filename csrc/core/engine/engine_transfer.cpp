@@ -48,7 +48,8 @@ void Engine::work(Worker& worker) {
       block.state = BlockStatus::copying;
       if (copying_++ == 0) active_since_ = now();
     }
-    const Piece& piece = block.pieces[block.taken++];
+    const std::span<const Piece> pieces(&block.pieces[block.taken], pieces_at_once(block));
+    block.taken += pieces.size();
     if (block.taken == block.pieces.size()) dequeue(block);
     ++block.at_work;
     Place& place = *block.place;
@@ -58,7 +59,7 @@ void Engine::work(Worker& worker) {
     std::exception_ptr error;
     ReadPath path = ReadPath::memory;
     try {
-      path = transfer(worker, piece, place);
+      path = transfer(worker, pieces, place);
     } catch (...) {
       error = std::current_exception();
       drain(worker);
@@ -73,10 +74,12 @@ void Engine::work(Worker& worker) {
       block.failing = true;
       dequeue(block);
     } else {
-      ++block.arrived;
+      block.arrived += pieces.size();
       place.lanes |= std::uint64_t{1} << worker.index;
-      stats_.bytes_copied += piece.bytes;
-      stats_.bytes_by_path[static_cast<std::size_t>(path)] += piece.bytes;
+      for (const Piece& piece : pieces) {
+        stats_.bytes_copied += piece.bytes;
+        stats_.bytes_by_path[static_cast<std::size_t>(path)] += piece.bytes;
+      }
     }
     if (block.at_work == 0) finish(block);
     debug_check();
@@ -112,20 +115,42 @@ void Engine::drain(Worker& worker) noexcept {
   try {
     worker.lane->record(*worker.copied[0]);
     backend_->synchronize(*worker.copied[0]);
-  } catch (...) {  // NOLINT(bugprone-empty-catch): a broken device says so at the next call
+  } catch (...) {
+    backend_->drain();
   }
 }
 
-ReadPath Engine::transfer(Worker& worker, const Piece& piece, Place& place) {
-  std::byte* const dst = arena_->base() + place.offset + piece.block_offset;
+// Small pieces that need no reading are handed over together: each hand-over has a price.
+std::size_t Engine::pieces_at_once(const Block& block) const {
+  std::size_t count = 0;
+  std::int64_t bytes = 0;
+  for (std::size_t at = block.taken; at < block.pieces.size() && count < kTogether; ++at) {
+    const Piece& piece = block.pieces[at];
+    bytes += piece.bytes;
+    if (count > 0 && (!piece.by_lane || bytes > options_.piece)) break;
+    ++count;
+    if (!piece.by_lane) break;
+  }
+  return count;
+}
+
+// One piece, or several that a lane copies by itself.
+ReadPath Engine::transfer(Worker& worker, std::span<const Piece> pieces, Place& place) {
   // What was done with the place before: by the arithmetic, and by loads that nobody used.
   if (place.used) worker.lane->wait(*place.released);
   for (std::size_t lane = 0; lane < place.arrived.size(); ++lane) {
     if ((place.lanes_before >> lane & 1) != 0) worker.lane->wait(*place.arrived[lane]);
   }
+  const Piece& piece = pieces.front();
+  std::byte* const dst = place.address + piece.block_offset;
   ReadPath path = piece.source->path_for(piece.offset, piece.bytes);
-  if (const std::byte* memory = piece.source->memory()) {
-    worker.lane->copy(dst, memory + piece.offset, piece.bytes);
+  if (piece.by_lane) {
+    for (std::size_t at = 0; at < pieces.size(); ++at) {
+      const Piece& each = pieces[at];
+      worker.copies[at] = {place.address + each.block_offset, each.source->memory() + each.offset,
+                           each.bytes};
+    }
+    worker.lane->copy({worker.copies.data(), pieces.size()});
   } else if (backend_->host_addressable() && (path != ReadPath::direct || piece.in_place)) {
     path = piece.source->read(path, dst, piece.offset, piece.bytes);
   } else {
@@ -148,7 +173,8 @@ void Engine::through_staging(Worker& worker, const Piece& piece, std::byte* dst,
         worker.staging.data() + static_cast<std::int64_t>(half) * worker.half + at % kDirectUnit;
     backend_->synchronize(*worker.copied[half]);
     path = piece.source->read(path, stage, at, bytes);
-    worker.lane->copy(dst + done, stage, bytes);
+    const CopyRange copy{dst + done, stage, bytes};
+    worker.lane->copy({&copy, 1});
     worker.lane->record(*worker.copied[half]);
     done += bytes;
   }

@@ -4,6 +4,9 @@
 //
 // Reserving takes addresses only. Committing takes memory, decommitting gives it back; both in
 // multiples of granularity(), and the caller knows which parts are committed.
+//
+// Some devices have no addresses without memory. There, what is reserved are names: resolve() says
+// where a committed byte lies, and only what was committed by one call is in one piece.
 #pragma once
 #include <atomic>
 #include <cstddef>
@@ -25,6 +28,10 @@ class Memory {
   // Throws OutOfMemoryError or BudgetError with nothing changed. The content is unspecified.
   virtual void commit(std::byte* start, std::int64_t bytes) = 0;
   virtual void decommit(std::byte* start, std::int64_t bytes) noexcept = 0;
+
+  virtual bool names_only() const { return false; }
+  // The address of a byte that is committed.
+  virtual std::byte* resolve(std::byte* byte) const { return byte; }
 };
 
 // The machine's own memory.
@@ -59,6 +66,8 @@ class MemoryAdaptor : public Memory {
   void decommit(std::byte* start, std::int64_t bytes) noexcept override {
     below_.decommit(start, bytes);
   }
+  bool names_only() const override { return below_.names_only(); }
+  std::byte* resolve(std::byte* byte) const override { return below_.resolve(byte); }
 
  private:
   Memory& below_;

@@ -76,6 +76,8 @@ bool commit_pages(void* start, std::int64_t bytes) {
   return true;
 }
 
+void touch_pages(void* start, std::int64_t bytes) { touch(static_cast<std::byte*>(start), bytes); }
+
 void decommit_pages(void* start, std::int64_t bytes) {
   // A new mapping in its place both frees the memory and forbids access, in one step.
   const auto size = static_cast<std::size_t>(bytes);

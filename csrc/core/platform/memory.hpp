@@ -20,6 +20,8 @@ void* reserve_pages(std::int64_t bytes, std::int64_t alignment);
 // Zeroed memory behind a part of it, in large pages where they fit and the system has them. False
 // if the system refuses, with nothing changed.
 bool commit_pages(void* start, std::int64_t bytes);
+// Touches every page of committed memory, so that it is there.
+void touch_pages(void* start, std::int64_t bytes);
 // The memory goes back to the system, the addresses stay reserved.
 void decommit_pages(void* start, std::int64_t bytes);
 
