@@ -107,12 +107,9 @@ def start(
     store = BlockStore(model, division.blocks, folder)
 
     def make_engine(room: int) -> _core.Engine:
-        blocks = [
-            _core.BlockSpec(", ".join(block.entries), size, [_core.Extent(0, at, 0, size)])
-            for block, at, size in zip(division.blocks, store.starts, store.sizes, strict=True)
-        ]
+        files, blocks = store.plan([", ".join(block.entries) for block in division.blocks])
         return _core.Engine(
-            [_core.FileSource(str(store.path))],
+            files,
             blocks,
             limit=room,
             order=division.order,
@@ -133,7 +130,7 @@ def start(
             fixed_bytes=fixed,
         )
     except BudgetError as error:
-        store.release()
+        store.undo()
         needed = error.needed_bytes + fixed + buffer
         raise BudgetError(
             f"no room for the slots within {format_size(limit)}: the smallest limit that would do "
@@ -142,7 +139,7 @@ def start(
             needed,
         ) from None
     except BaseException:
-        store.release()
+        store.undo()
         raise
     object.__setattr__(model, "vramkit_session", session)
     return session
