@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "bindings/bindings.hpp"
+#include "bindings/signals.hpp"
 #include "core/engine/block_cache.hpp"
 #include "core/engine/pressure.hpp"
 #include "core/error.hpp"
@@ -22,24 +23,6 @@ namespace py = pybind11;
 
 namespace vramkit::bindings {
 namespace {
-
-// True if a signal's handler has raised: the exception stays set for with_signals().
-bool signalled() {
-  const py::gil_scoped_acquire acquire;
-  return PyErr_CheckSignals() != 0;
-}
-
-// Runs work() without the GIL; an interrupted wait becomes what the handler raised.
-template <typename Work>
-auto with_signals(Work work) {
-  try {
-    const py::gil_scoped_release release;
-    return work();
-  } catch (const Interrupted&) {
-    if (PyErr_Occurred() != nullptr) throw py::error_already_set();
-    throw;
-  }
-}
 
 // Memory that a source in memory or a tensor views, alive for as long as anything refers to it.
 class View {
@@ -119,7 +102,7 @@ void bind_sources(py::module_& m) {
                 static_cast<py::ssize_t>(store.bytes())};
       })
       .def_property_readonly("bytes", &HostStore::bytes)
-      .def("source", &source_of);
+      .def("source", [](const std::shared_ptr<HostStore>& store) { return source_of(store); });
 }
 
 void bind_layouts(py::module_& m) {

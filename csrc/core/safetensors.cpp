@@ -268,7 +268,8 @@ SafetensorsHeader parse_safetensors_header(std::string_view header, std::int64_t
 SafetensorsFile::SafetensorsFile(std::string path)
     : path_(std::move(path)),
       file_(open_regular_file(path_)),
-      file_bytes_(vramkit::file_bytes(file_, path_)) {
+      identity_(DiskCalls().identify(file_, path_)),
+      file_bytes_(identity_.bytes) {
   std::array<unsigned char, kSafetensorsPrefixBytes> prefix{};
   if (file_bytes_ < kSafetensorsPrefixBytes ||
       read_at(file_, prefix.data(), kSafetensorsPrefixBytes, 0, path_) < kSafetensorsPrefixBytes) {

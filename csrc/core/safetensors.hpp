@@ -15,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/platform/disk.hpp"
 #include "core/platform/file.hpp"
 
 namespace vramkit {
@@ -59,6 +60,8 @@ class SafetensorsFile {
 
   const std::string& path() const { return path_; }
   std::int64_t file_bytes() const { return file_bytes_; }
+  // As it was before its header was read: who opens the file again can tell if it is another.
+  const FileIdentity& identity() const { return identity_; }
   std::span<const TensorInfo> tensors() const { return tensors_; }
   std::vector<std::string> names() const;  // in the order of their bytes in the file
   const std::map<std::string, std::string>& metadata() const { return metadata_; }
@@ -78,6 +81,7 @@ class SafetensorsFile {
  private:
   std::string path_;
   Descriptor file_;
+  FileIdentity identity_;
   std::int64_t file_bytes_ = 0;
   std::vector<TensorInfo> tensors_;
   std::map<std::string, std::string> metadata_;

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from .recommendation import recommend
     from .sensitivities import sensitivity
     from .sensitivity_table import Sensitivity
+    from .tensor_files import load_file
     from .verification import Verification, keep_measurement, verify
 
 __version__ = "0.1.0"
@@ -76,6 +77,7 @@ _LAZY = {
     "compare": "quality",
     "record": "quality",
     "VRAMEfficientModelManager": "model_manager",
+    "load_file": "tensor_files",
     "Verification": "verification",
     "keep_measurement": "verification",
     "verify": "verification",
@@ -133,6 +135,7 @@ __all__ = [
     "get_format",
     "keep_measurement",
     "load",
+    "load_file",
     "measure_rates",
     "parse_size",
     "plan",

@@ -39,7 +39,9 @@ from .formats import StorageFormat, get_format, register_format
 from .layers import QuantizedLayer
 from .layers.base import PART_NAMES, part_name
 from .shards import INDEX, SAFETENSORS_NAMES, WEIGHTS, Checkpoint
-from .skeleton import MANIFEST, build_skeleton, match_names, set_tensor
+from .sizes import parse_size
+from .skeleton import MANIFEST, TensorPlaces, build_skeleton, match_names, set_tensor
+from .tensor_files import CACHE_BYTES, MappedTensors, ModelFiles, read_tensors
 from .text_file import replace_text
 
 if TYPE_CHECKING:
@@ -88,31 +90,62 @@ def load(
     factory: Callable[[], nn.Module] | None = None,
     skip: Iterable[str] = (),
     progress: bool | Progress = False,
+    mapped: bool = False,
+    offload: bool | None = None,
+    inputs: Any = None,
+    vram_buffer: int | float | str = 0,
+    folder: str | os.PathLike[str] | None = None,
+    cache_limit: int | float | str = CACHE_BYTES / 2**30,
 ) -> nn.Module:
     """Build a model from a checkpoint, converting tensor by tensor on the way.
 
     Args:
         path: A folder that `save` or transformers wrote, or a safetensors file with `factory`.
         precision: Convert to this while loading, as `convert` would; None: as stored.
-        vram_limit: Choose formats so that the weights fit (a first pass reads the weights once to
-            measure what each format would lose).
+        vram_limit: With `offload`, bounds the weights in memory. Else: choose formats so that the
+            weights fit (a first pass reads the weights once to measure what each format would
+            lose).
         factory: Builds the module, where the folder does not say what it is. Its parameters are
             never allocated.
         skip: Layers to leave plain.
-        progress: True for a progress bar.
+        progress: True for a progress bar in bytes per second.
+        mapped: The parameters are views of the mapped files, as in `vramkit.load_file`; nothing is
+            read before it is used. Only for weights as stored.
+        offload: Load as stored and offload as `enable_vram_management` does, straight from the
+            checkpoint's files: the whole model is never in memory. None: yes where `inputs` are
+            given, or there is a limit and the folder is converted already.
+        inputs: Of the offloading, with `vram_buffer` and `folder`: see `enable_vram_management`.
+        cache_limit: How much a cache in `folder` may hold (GiB, or text) of blocks whose tensors
+            lie scattered in the checkpoint: they are gathered there once.
 
     Host memory stays under the loaded size, two of the largest tensors and about 100 MB. Raises
-    CheckpointError for an unsound or foreign checkpoint; nothing is left half-loaded.
+    CheckpointError for an unsound or foreign checkpoint; nothing is left half-loaded. Offloading
+    raises what `enable_vram_management` does, and BudgetError where the cache has no room.
     """
     if precision is not None and vram_limit is not None:
         raise ValueError("give precision or vram_limit, not both: a limit chooses the precisions")
-    folder = Path(path)
-    if (folder / MANIFEST).is_file():
-        if precision is not None or vram_limit is not None:
-            raise ValueError(
-                f"{folder} is converted already; load it as it is, or convert its source"
-            )
-        return _load_converted(folder, factory, progress)
+    converted = (Path(path) / MANIFEST).is_file()
+    if converted and precision is not None:
+        raise ValueError(f"{path} is converted already; load it as it is, or convert its source")
+    if offload is None:
+        offload = inputs is not None or (converted and vram_limit is not None)
+    if offload and precision is not None:
+        raise ValueError(
+            "offloading loads weights as they are stored; convert the checkpoint with "
+            "convert_checkpoint, and load what that wrote"
+        )
+    if converted and vram_limit is not None and not offload:
+        raise ValueError(f"{path} is converted already, so a limit has no formats to choose")
+    if mapped and not offload and (precision is not None or vram_limit is not None):
+        raise ValueError("what is mapped stays as stored: it cannot be converted while loading")
+    if offload or (precision is None and vram_limit is None):
+        cache_bytes = parse_size(cache_limit)
+        model = _load_as_stored(path, factory, progress, mapped or offload, cache_bytes)
+        if offload:
+            from .offload.manage import enable_vram_management
+
+            enable_vram_management(model, vram_limit, vram_buffer, inputs=inputs, folder=folder)
+        return model
     if vram_limit is not None:
         made = plan_checkpoint(path, vram_limit, factory=factory, skip=skip, progress=progress)
         precision = {entry.name: entry.format for entry in made.entries}
@@ -142,6 +175,52 @@ def load(
                 size = tensor.nbytes
                 set_tensor(model, name, tensor, getattr(value, "requires_grad", False))
             advance(size, name)
+    keep_ties(model)
+    _check_complete(model, path)
+    return model
+
+
+def _load_as_stored(
+    path: str | os.PathLike[str],
+    factory: Callable[[], nn.Module] | None,
+    progress: bool | Progress,
+    mapped: bool,
+    cache_bytes: int,
+) -> nn.Module:
+    folder = Path(path)
+    manifest = _read_manifest(folder) if (folder / MANIFEST).is_file() else None
+    checkpoint = Checkpoint(path if manifest is None else folder / WEIGHTS)
+    model = build_skeleton(path, factory)
+    if manifest is not None:
+        _retype(model, checkpoint, manifest)
+        _convert_as_saved(model, manifest, folder)
+    places = match_names(model, checkpoint)
+    wanted: dict[int, tuple[str, Tensor]] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        wanted.setdefault(id(value), (name, value))
+    for name, value in wanted.values():
+        dtype = checkpoint.dtype(places[name])
+        if manifest is not None and dtype != value.dtype:
+            raise CheckpointError(f"{path}: {name!r} has dtype {dtype}, expected {value.dtype}")
+    sources = list(dict.fromkeys(places[name] for name, _ in wanted.values()))
+    if mapped:
+        files = MappedTensors(checkpoint)
+        tensors = files.tensors(sources)
+        object.__setattr__(model, "vramkit_files", ModelFiles(files.mapped, cache_bytes))
+    else:
+        tensors = read_tensors(checkpoint, sources, progress=progress)
+    put = TensorPlaces(model)
+    used: set[str] = set()
+    for name, value in wanted.values():
+        source = places[name]
+        # Two parameters that are not tied may have one tensor in the file; buffers are written to.
+        own = source in used or (mapped and not isinstance(value, nn.Parameter))
+        put(
+            name,
+            tensors[source].clone() if own else tensors[source],
+            getattr(value, "requires_grad", False),
+        )
+        used.add(source)
     keep_ties(model)
     _check_complete(model, path)
     return model
@@ -322,33 +401,6 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return {"layers": layers, "tied": tied, "aliases": aliases}
 
 
-def _load_converted(
-    folder: Path, factory: Callable[[], nn.Module] | None, progress: bool | Progress
-) -> nn.Module:
-    manifest = _read_manifest(folder)
-    checkpoint = Checkpoint(folder / WEIGHTS)
-    model = build_skeleton(folder, factory)
-    _retype(model, checkpoint, manifest)
-    _convert_as_saved(model, manifest, folder)
-    places = match_names(model, checkpoint)
-    with progress_bar(progress, checkpoint.nbytes, "load") as advance:
-        done: set[int] = set()
-        for name, value in list(model.state_dict(keep_vars=True).items()):
-            if id(value) in done:
-                continue
-            done.add(id(value))
-            tensor = checkpoint.read(places[name])
-            if tensor.dtype != value.dtype:
-                raise CheckpointError(
-                    f"{folder}: {name!r} has dtype {tensor.dtype}, expected {value.dtype}"
-                )
-            set_tensor(model, name, tensor, getattr(value, "requires_grad", False))
-            advance(tensor.nbytes, name)
-    keep_ties(model)
-    _check_complete(model, folder)
-    return model
-
-
 def _convert_as_saved(model: nn.Module, manifest: dict[str, Any], folder: Path) -> None:
     """Give a skeleton the converted layers that a manifest lists, with their compute dtypes."""
     wanted = {name: fmt for name, (fmt, _, _) in manifest["layers"].items()}
@@ -385,9 +437,10 @@ def _convert_as_saved(model: nn.Module, manifest: dict[str, Any], folder: Path) 
 
 def _retype(model: nn.Module, checkpoint: Checkpoint, manifest: dict[str, Any]) -> None:
     """Give the skeleton's plain tensors the dtypes they were saved with."""
+    put = TensorPlaces(model)
     for name, value in list(model.state_dict(keep_vars=True).items()):
         if name in checkpoint and value.device.type == "meta":
-            set_tensor(model, name, checkpoint.meta(name), getattr(value, "requires_grad", False))
+            put(name, checkpoint.meta(name), getattr(value, "requires_grad", False))
 
 
 def convert_checkpoint(

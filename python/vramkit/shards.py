@@ -33,6 +33,8 @@ SAFETENSORS_DTYPES = {
     "C64": torch.complex64,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
 }
 SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
@@ -47,12 +49,18 @@ class Checkpoint:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._files: dict[str, _core.SafetensorsFile] = {}
-        for file in self._shards():
+        self._places: dict[str, tuple[int, int, int]] = {}
+        self._opened: list[_core.SafetensorsFile] = []
+        self._sources: list[_core.FileSource] | None = None
+        for index, file in enumerate(self._shards()):
             opened = _core.SafetensorsFile(file)
+            self._opened.append(opened)
             for name in opened.names():
                 if name in self._files:
                     raise CheckpointError(f"{file}: tensor {name!r} is in another shard too")
                 self._files[name] = opened
+            for info in opened.tensors():
+                self._places[info.name] = (index, info.begin, info.nbytes)
         self._check_index()
 
     def _shards(self) -> list[Path]:
@@ -131,6 +139,21 @@ class Checkpoint:
     def meta(self, name: str) -> Tensor:
         """A tensor of that shape and dtype without memory."""
         return torch.empty(self.info(name).shape, dtype=self.dtype(name), device="meta")
+
+    def place(self, name: str) -> tuple[int, int, int]:
+        """Where a tensor's bytes lie: the index of its file in `sources`, offset, and how many."""
+        if name not in self._places:
+            raise CheckpointError(f"{self.path} holds no tensor {name!r}")
+        return self._places[name]
+
+    def sources(self) -> list[_core.FileSource]:
+        """The files, for reading many tensors at once: those whose headers were read.
+
+        Raises FileChangedError where a name means another file by now.
+        """
+        if self._sources is None:
+            self._sources = [file.source() for file in self._opened]
+        return self._sources
 
     def read(self, name: str) -> Tensor:
         """The tensor, in fresh memory."""

@@ -59,9 +59,10 @@ def build_skeleton(
         return model.eval()
     checkpoint = Checkpoint(source)
     places = match_names(model, checkpoint)
+    put = TensorPlaces(model)
     for name, parameter in list(model.named_parameters()):
         if name in places:
-            set_tensor(model, name, checkpoint.meta(places[name]), parameter.requires_grad)
+            put(name, checkpoint.meta(places[name]), parameter.requires_grad)
     return model.eval()
 
 
@@ -100,20 +101,39 @@ def _from_transformers_config(folder: Path) -> nn.Module:
     return model
 
 
+class TensorPlaces:
+    """Puts tensors into a model: called with a name, a tensor, and whether it takes gradients.
+
+    Where parameters lie is looked up once: in a model of many layers, doing so for each tensor
+    takes longer than reading it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._places: dict[int, list[tuple[nn.Module, str]]] = {}
+        for module in model.modules():
+            for leaf, parameter in module._parameters.items():
+                if parameter is not None:
+                    self._places.setdefault(id(parameter), []).append((module, leaf))
+
+    def __call__(self, name: str, tensor: Tensor, requires_grad: bool = False) -> None:
+        """Put `tensor` in the place of a parameter or buffer, and of all that share it."""
+        owner_name, _, leaf = name.rpartition(".")
+        owner = self._model.get_submodule(owner_name)
+        if leaf in owner._buffers:
+            owner._buffers[leaf] = tensor
+            return
+        places = self._places.pop(id(owner._parameters[leaf]))
+        grad = requires_grad and tensor.is_floating_point()
+        made = nn.Parameter(tensor, requires_grad=grad)
+        for module, key in places:
+            module._parameters[key] = made
+        self._places[id(made)] = places
+
+
 def set_tensor(model: nn.Module, name: str, tensor: Tensor, requires_grad: bool = False) -> None:
-    """Put `tensor` in the place of a parameter or buffer, and of every module that shares it."""
-    owner_name, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(owner_name)
-    if leaf in owner._buffers:
-        owner._buffers[leaf] = tensor
-        return
-    old = owner._parameters[leaf]
-    grad = requires_grad and tensor.is_floating_point()
-    made = nn.Parameter(tensor, requires_grad=grad)
-    for module in model.modules():
-        for key, parameter in module._parameters.items():
-            if parameter is old:
-                module._parameters[key] = made
+    """Put one tensor into a model whose layers change meanwhile."""
+    TensorPlaces(model)(name, tensor, requires_grad)
 
 
 def match_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:

@@ -9,6 +9,7 @@
 
 #include "core/engine/layout.hpp"
 #include "core/error.hpp"
+#include "core/safetensors.hpp"
 #include "core/text.hpp"
 
 namespace vramkit {
@@ -144,6 +145,22 @@ void FileSource::read_plain(std::byte* dst, std::int64_t offset, std::int64_t by
     if (got == 0) ended(offset + done);
     done += got;
   }
+}
+
+std::shared_ptr<FileSource> source_of(const SafetensorsFile& file, DirectReads direct,
+                                      std::shared_ptr<const DiskCalls> calls) {
+  auto source = std::make_shared<FileSource>(file.path(), direct, std::move(calls));
+  if (source->identity() != file.identity()) {
+    throw FileChangedError(printable(file.path()) +
+                           ": was replaced or written to after its header was read; load it again");
+  }
+  return source;
+}
+
+void HostStore::discard(std::int64_t offset, std::int64_t bytes) noexcept {
+  const std::int64_t begin = round_up_to(offset, memory_->granularity());
+  const std::int64_t end = round_down_to(offset + bytes, memory_->granularity());
+  if (begin < end) memory_->decommit(data() + begin, end - begin);
 }
 
 std::shared_ptr<MemorySource> source_of(const std::shared_ptr<HostStore>& store) {

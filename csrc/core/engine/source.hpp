@@ -17,6 +17,8 @@
 
 namespace vramkit {
 
+class SafetensorsFile;
+
 enum class ReadPath { memory, cached, direct, plain };
 const char* to_string(ReadPath path);
 
@@ -75,6 +77,7 @@ class FileSource : public Source {
 
   const FileIdentity& identity() const { return identity_; }
   bool direct() const { return direct_works_; }
+  const Descriptor& descriptor() const { return file_; }
   // Throws FileChangedError if the file is not what it was when it was opened.
   void check() const;
 
@@ -93,6 +96,12 @@ class FileSource : public Source {
   mutable std::atomic<bool> direct_works_{false};
 };
 
+// The file of a checkpoint whose header was read. Throws FileChangedError if its name means another
+// file by now, or it was written to since.
+std::shared_ptr<FileSource> source_of(const SafetensorsFile& file,
+                                      DirectReads direct = DirectReads::automatic,
+                                      std::shared_ptr<const DiskCalls> calls = nullptr);
+
 // Memory of the host for blocks, in one piece, in large pages where the system has them. Tensors
 // may be views of it: it is what a model's parameters are while the model is offloaded.
 class HostStore {
@@ -102,6 +111,8 @@ class HostStore {
 
   std::byte* data() const { return allocation_.data(); }
   std::int64_t bytes() const { return bytes_; }
+  // Nobody touches these bytes again: whole granules of them go back to the system.
+  void discard(std::int64_t offset, std::int64_t bytes) noexcept;
 
  private:
   std::shared_ptr<Memory> memory_;

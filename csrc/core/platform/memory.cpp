@@ -1,7 +1,12 @@
 #include "core/platform/memory.hpp"
 
+#include <fcntl.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
+#include <algorithm>
+#include <array>
+#include <cerrno>
 #include <cstddef>
 
 namespace vramkit {
@@ -86,6 +91,47 @@ void decommit_pages(void* start, std::int64_t bytes) {
     madvise(start, size, MADV_DONTNEED);  // out of mappings: at least the memory goes
     mprotect(start, size, PROT_NONE);
   }
+}
+
+bool map_private(const Descriptor& file, std::int64_t offset, std::int64_t bytes, void* at) {
+  // MAP_NORESERVE: models that are larger than memory are mapped too.
+  return mmap(at, static_cast<std::size_t>(bytes), PROT_READ | PROT_WRITE,
+              MAP_PRIVATE | MAP_NORESERVE | MAP_FIXED, file.get(),
+              static_cast<::off_t>(offset)) != MAP_FAILED;
+}
+
+std::optional<bool> pages_written(const void* start, std::int64_t bytes) {
+#if defined(__linux__)
+  // An entry of 64 bits for each page, whose flags every process may read of itself.
+  constexpr std::uint64_t kPresent = std::uint64_t{1} << 63;
+  constexpr std::uint64_t kSwapped = std::uint64_t{1} << 62;
+  constexpr std::uint64_t kOfFile = std::uint64_t{1} << 61;
+  const std::int64_t page = ::sysconf(_SC_PAGESIZE);
+  const Descriptor map(::open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC));
+  if (!map || page <= 0) return std::nullopt;
+  const auto first = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(start)) / page;
+  const auto last =
+      (static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(start)) + bytes - 1) / page;
+  std::array<std::uint64_t, 4096> entries{};
+  for (std::int64_t at = first; at <= last;) {
+    const std::int64_t want =
+        std::min(last + 1 - at, static_cast<std::int64_t>(entries.size())) * 8;
+    const ::ssize_t got = ::pread(map.get(), entries.data(), static_cast<std::size_t>(want),
+                                  static_cast<::off_t>(at * 8));
+    if (got < 0 && errno == EINTR) continue;
+    if (got <= 0 || got % 8 != 0) return std::nullopt;
+    const auto end = entries.begin() + got / 8;
+    const bool own = std::any_of(entries.begin(), end, [](std::uint64_t entry) {
+      return (entry & kOfFile) == 0 && (entry & (kPresent | kSwapped)) != 0;
+    });
+    if (own) return true;
+    at += got / 8;
+  }
+  return false;
+#else
+  (void)start, (void)bytes;
+  return std::nullopt;
+#endif
 }
 
 }  // namespace vramkit

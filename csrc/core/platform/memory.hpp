@@ -1,6 +1,9 @@
 // Pages of memory from the operating system, large where it gives them.
 #pragma once
 #include <cstdint>
+#include <optional>
+
+#include "core/platform/file.hpp"
 
 namespace vramkit {
 
@@ -24,5 +27,13 @@ bool commit_pages(void* start, std::int64_t bytes);
 void touch_pages(void* start, std::int64_t bytes);
 // The memory goes back to the system, the addresses stay reserved.
 void decommit_pages(void* start, std::int64_t bytes);
+
+// A private mapping of a part of a file, in the place of addresses that were reserved: it may be
+// read and written, and no memory is set aside for what will be written. `offset` and `at` are
+// multiples of a page. False if the system refuses.
+bool map_private(const Descriptor& file, std::int64_t offset, std::int64_t bytes, void* at);
+// Whether any page of a private mapping of a file is this process's own copy by now. Empty where
+// the system does not tell.
+std::optional<bool> pages_written(const void* start, std::int64_t bytes);
 
 }  // namespace vramkit

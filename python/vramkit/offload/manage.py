@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -211,11 +211,11 @@ def start(
         )
     moved = sum(block.nbytes for block in division.blocks)
     fixed = weight_bytes(model) - moved if turns is None else turns.fixed_bytes
-    store = BlockStore(model, division.blocks, settings.folder, settings.on_host)
+    store = BlockStore(model, division.blocks, settings.folder, on_host=settings.on_host)
 
     def make_engine(room: int) -> _core.Engine:
-        specs = [store.spec(i, block) for i, block in enumerate(division.blocks)]
-        return _engine(store.sources(), specs, division, settings, room)
+        files, specs = store.plan(division.blocks)
+        return _engine(files, specs, division, settings, room)
 
     try:
         session = OffloadSession(
@@ -229,10 +229,10 @@ def start(
             turns=turns,
         )
     except BudgetError as error:
-        store.release()
+        store.undo()
         raise _no_room(error, fixed, settings) from None
     except BaseException:
-        store.release()
+        store.undo()
         raise
     if settings.pressure is False:
         session.pressure = None
@@ -243,7 +243,7 @@ def start(
 
 
 def _engine(
-    sources: list[_core.Source],
+    sources: Sequence[_core.Source],
     specs: list[_core.BlockSpec],
     division: Division,
     settings: Settings,

@@ -95,8 +95,7 @@ class OffloadSession:
         self.turns = turns
         self._lock = threading.RLock() if turns is None else turns.lock
         self._guests = [
-            _Guest(layout.places, views)
-            for layout, views in zip(store.layouts, store.views, strict=True)
+            _Guest(places, views) for places, views in zip(store.places, store.views, strict=True)
         ]
         self._wrapped: list[nn.Module] = []
         self.room = max(0, limit - buffer_bytes - fixed_bytes)
@@ -159,7 +158,7 @@ class OffloadSession:
         views = guest.slots.get(address)
         if views is None:
             start = address - self.engine.base
-            run = self._arena[start : start + self.store.layouts[index].nbytes]
+            run = self._arena[start : start + self.store.sizes[index]]
             views = guest.slots[address] = [place.view(run) for place in guest.places]
         for place, view in zip(guest.places, views, strict=True):
             place.parameter.data = view

@@ -1,26 +1,32 @@
-"""Where a model's parameters live while it is offloaded: views of one mapped file, or of memory.
+"""Where a model's parameters live while it is offloaded: blocks of files, and views of them.
 
-Each block is a run of whole pages in the file, so that the engine reads it past the page cache.
-The parameters of the model stay parameters: they become views of a private mapping, from which
-`state_dict`, `deepcopy` and `save` read them as ever. Those that are to wait in the host's memory
-instead are views of one large piece of it.
+A block is read from where its tensors are already: from the files that the model was mapped from,
+where they lie there as the engine wants them. Tensors that lie scattered there are gathered into a
+file in the cache once, and later loads find it. What is in memory only, or was changed, goes to
+files of the store's own, which have no name and end with the process. Files that the model came
+from are never written to.
+
+The parameters of the model stay parameters: they become views of private mappings of their blocks,
+from which `state_dict`, `deepcopy` and `save` read them as ever. Those that are to wait in the
+host's memory instead are views of large pieces of that.
 """
 
 from __future__ import annotations
 
-import mmap
 import os
 import tempfile
 import weakref
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .. import _core
+from ..convert import Progress, progress_bar
+from ..tensor_files import Mapped, ModelFiles
 from .blocks import Block
 
 PAGE = 4096
@@ -29,18 +35,19 @@ LARGE_PAGE = 2 << 20
 SMALL = 256 << 20
 ALIGNMENT = 64  # of each parameter in its block: what kernels like best
 
+# A block is read where it lies if so much of what is read is its own, and its parts are so large:
+# a disk needs about as long for a read of its own as for half of these bytes.
+USED = 0.9
+PART = 512 << 10
+
 
 class Place(NamedTuple):
-    """Where a parameter lies: bytes from the start of its block, and its geometry.
-
-    `host`: it waits in memory, not in the file.
-    """
+    """Where a parameter lies: bytes from the start of its block, and its geometry."""
 
     parameter: nn.Parameter
     offset: int
     nbytes: int
     stride: tuple[int, ...]
-    host: bool
 
     def view(self, run: Tensor) -> Tensor:
         """The parameter's values in a block's bytes (uint8, one dimension)."""
@@ -49,29 +56,62 @@ class Place(NamedTuple):
 
 
 @dataclass
-class Layout:
-    """One block: its parameters, and the two runs of bytes that it is made of.
+class _Home:
+    """Where a block's bytes are: extents of files. `kind` says whose."""
 
-    A run is (offset in the block, offset in the file or the memory, bytes).
-    """
+    kind: str
+    files: list[_core.FileSource]
+    extents: list[_core.Extent]
 
-    places: list[Place]
-    nbytes: int
-    file: tuple[int, int, int]
-    memory: tuple[int, int, int]
+    def mapped(self, size: int) -> Mapped:
+        return Mapped(self.files, _core.FileMapping(self.files, self.extents, size))
+
+
+@dataclass
+class _Waiting:
+    """The part of a block that waits in memory: where it begins in the block, and its places."""
+
+    offset: int
+    size: int
+    places: list[Place]  # by offset in the block
+    memory: _core.HostStore
+
+    @classmethod
+    def of(cls, parameters: Sequence[nn.Parameter], after: int) -> _Waiting:
+        # Direct reads of what comes before it write whole pages.
+        offset = -(-after // PAGE) * PAGE
+        packed, size = _packed(parameters)
+        places = [place._replace(offset=offset + place.offset) for place in packed]
+        memory = _core.HostStore(size, PAGE if size < SMALL else LARGE_PAGE)
+        part = cls(offset, size, places, memory)
+        part.write()
+        return part
+
+    def write(self) -> None:
+        """Take what the parameters hold now."""
+        run = torch.frombuffer(self.memory, dtype=torch.uint8)
+        for place in self.places:
+            place._replace(offset=place.offset - self.offset).view(run).copy_(
+                place.parameter.detach()
+            )
+
+    def views(self) -> list[Tensor]:
+        return _views(self.memory, self.places, self.offset)
 
 
 class BlockStore:
-    """The blocks' file and its mapping; the file goes when the store does.
+    """The blocks' files and their mappings.
 
-    Making one moves the parameters of the blocks into it. Raises OSError, with the model as it was,
-    where the file cannot be written.
+    Making one moves the parameters of the blocks into it, and copies into memory what is mapped and
+    in no block. Raises OSError where a file cannot be written, BudgetError where the cache has no
+    room; the model is as it was then.
 
-    Args:
-        model: Whose parameters they are.
-        blocks: All that move.
-        folder: Where the file goes.
-        on_host: Names of the parameters that wait in memory instead.
+    Attributes:
+        places: Of each block's parameters.
+        sizes: Of each block, in bytes.
+        views: Of each block's parameters, in the mapping.
+        nbytes: Of all blocks, in whole pages.
+        folder: Where files are written.
     """
 
     def __init__(
@@ -79,151 +119,370 @@ class BlockStore:
         model: nn.Module,
         blocks: Sequence[Block],
         folder: str | os.PathLike[str],
+        progress: bool | Progress = False,
         on_host: Container[str] = (),
     ) -> None:
-        self.layouts: list[Layout] = []
-        in_file = in_memory = 0
+        self.folder = Path(folder)
+        self._model = weakref.ref(model)
+        self._found = ModelFiles.of(model)
         parameters = dict(model.named_parameters())
-        for block in blocks:
-            layout = _lay_out(block, parameters, on_host, in_file, in_memory)
-            self.layouts.append(layout)
-            in_file = _pages(layout.file[1] + layout.file[2])
-            in_memory = _pages(layout.memory[1] + layout.memory[2])
-        self.host_bytes = in_memory
-        self._memory = _core.HostStore(in_memory, PAGE if in_memory < SMALL else LARGE_PAGE)
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        handle, path = tempfile.mkstemp(suffix=".blocks", prefix="vramkit-", dir=folder)
-        self.path = Path(path)
-        self.remove = weakref.finalize(self, _unlink, path)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                for layout in self.layouts:
-                    self._write(layout, file)
-                file.truncate(max(in_file, PAGE))
-        except BaseException:
-            self.remove()
-            raise
-        self.views = [self._mapped(layout) for layout in self.layouts]
-        self.point_to_store()
-
-    def sources(self) -> list[_core.Source]:
-        """What the engine reads from: the file, opened now, and the memory."""
-        return [_core.FileSource(str(self.path)), self._memory.source()]
-
-    def spec(self, index: int, block: Block) -> _core.BlockSpec:
-        """A block as the engine knows it."""
-        layout = self.layouts[index]
-        extents = [
-            _core.Extent(source, start, offset, nbytes)
-            for source, (offset, start, nbytes) in enumerate((layout.file, layout.memory))
-            if nbytes
+        plans = [
+            self._planned([parameters[name] for name in block.parameters if name not in on_host])
+            for block in blocks
         ]
-        return _spec(block, layout, extents)
+        self._write_own(plans, [block.entries[0] for block in blocks], progress)
+        self._convert(plans)
+        waiting = [[parameters[n] for n in block.parameters if n in on_host] for block in blocks]
+        staying = self._staying(model, plans, waiting)
+        self._waiting = [
+            _Waiting.of(found, plan.size) if found else None
+            for found, plan in zip(waiting, plans, strict=True)
+        ]
+        self._homes = [plan.home() for plan in plans]
+        self._cached = [plan.cached for plan in plans]
+        self._mapped = [
+            home.mapped(plan.size) for home, plan in zip(self._homes, plans, strict=True)
+        ]
+        self.places = [plan.places for plan in plans]
+        self.sizes = [plan.size for plan in plans]
+        self.views = [
+            _views(mapped.mapping, places)
+            for mapped, places in zip(self._mapped, self.places, strict=True)
+        ]
+        for index, part in enumerate(self._waiting):
+            if part is not None:
+                self.places[index] = self.places[index] + part.places
+                self.sizes[index] = part.offset + part.size
+                self.views[index] += part.views()
+        self.nbytes = sum(-(-size // PAGE) * PAGE for size in self.sizes)
+        for parameter, tensor in staying:
+            parameter.data = tensor
+        self.point_to_store()
+        self._register(ModelFiles(self._mapped, self._found.cache_bytes))
 
-    def _write(self, layout: Layout, file: Any) -> None:
-        """What the block's parameters hold now goes to the file and to the memory."""
-        run = torch.zeros(layout.nbytes, dtype=torch.uint8)
-        for place in layout.places:
-            place.view(run).copy_(place.parameter.detach())
-        offset, start, nbytes = layout.file
-        file.seek(start)
-        file.write(run[offset : offset + nbytes].numpy().data)
-        offset, start, nbytes = layout.memory
-        if nbytes:
-            self._host()[start : start + nbytes] = run[offset : offset + nbytes]
+    def _planned(self, parameters: Sequence[nn.Parameter]) -> _Plan:
+        origins = [self._found.find(p) if p.numel() else None for p in parameters]
+        plan = _Plan(list(parameters), origins)
+        if all(origin is None for origin in origins):
+            plan.pack()
+        elif not plan.in_place():
+            plan.gathered = all(
+                origin is not None or not p.numel()
+                for p, origin in zip(parameters, origins, strict=True)
+            )
+            plan.pack()
+        return plan
 
-    def _host(self) -> Tensor:
-        return torch.frombuffer(self._memory, dtype=torch.uint8)
+    def _write_own(
+        self, plans: Sequence[_Plan], labels: Sequence[str], progress: bool | Progress
+    ) -> None:
+        """What is in memory only goes to a file of its own, which nobody else can open."""
+        wanted = [plan for plan in plans if plan.fresh]
+        if not wanted:
+            return
+        total = sum(plan.fresh_size for plan in wanted)
+        with _OwnFile(self.folder) as file, progress_bar(progress, total, "offload") as advance:
+            for plan, label in zip(plans, labels, strict=True):
+                if plan.fresh:
+                    plan.own_offset = file.append(_run(plan.fresh, plan.fresh_size))
+                    advance(plan.fresh_size, label)
+            source = file.source()
+        for plan in wanted:
+            plan.own = source
 
-    def _mapped(self, layout: Layout) -> list[Tensor]:
-        """A view for each parameter, with a storage of its own."""
-        with open(self.path, "rb") as file:
-            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        views = []
-        for place in layout.places:
-            base, keeper = (layout.memory, self._memory) if place.host else (layout.file, mapping)
-            at = base[1] + place.offset - base[0]
-            run = torch.empty(0, dtype=torch.uint8)
-            if place.nbytes:
-                run = torch.frombuffer(keeper, dtype=torch.uint8, count=place.nbytes, offset=at)
-            flat = run.view(place.parameter.dtype)
-            views.append(flat.as_strided(place.parameter.shape, place.stride))
-        return views
+    def _convert(self, plans: Sequence[_Plan]) -> None:
+        """What lies scattered in the model's files is gathered into one file of the cache."""
+        wanted = [plan for plan in plans if plan.gathered]
+        if not wanted:
+            return
+        files = _unique(file for plan in wanted for file in plan.files)
+        specs = []
+        for number, plan in enumerate(wanted):
+            extents = [
+                _core.Extent(files.index(origin[0]), origin[1], place.offset, place.nbytes)
+                for place, origin in zip(plan.places, plan.origins, strict=True)
+                if origin is not None
+            ]
+            specs.append(_core.BlockSpec(str(number), plan.size, extents))
+        cache = _core.BlockCache(str(self.folder / "converted"), self._found.cache_bytes)
+        built = cache.open(files, specs)
+        source = _core.FileSource(built.path)
+        for plan, offset in zip(wanted, built.offsets, strict=True):
+            plan.cached, plan.own, plan.own_offset = built, source, offset
+
+    def _staying(
+        self,
+        model: nn.Module,
+        plans: Sequence[_Plan],
+        waiting: Sequence[Sequence[nn.Parameter]],
+    ) -> list[tuple[nn.Parameter, Tensor]]:
+        """Mapped parameters that are in no block, in memory of their own."""
+        moved = {id(p) for plan in plans for p in plan.parameters}
+        moved |= {id(p) for found in waiting for p in found}
+        found, files, runs = [], list[_core.FileSource](), []
+        for parameter in model.parameters():
+            if id(parameter) in moved or not self._found.holds(parameter):
+                continue
+            origin = self._found.find(parameter)
+            if origin is None:
+                found.append((parameter, parameter.detach().clone()))
+                continue
+            tensor = torch.empty_like(parameter, requires_grad=False)
+            files.append(origin[0])
+            runs.append((len(files) - 1, origin[1], tensor.nbytes, tensor.data_ptr()))
+            found.append((parameter, tensor))
+        _core.read_runs(files, runs)
+        return found
+
+    def _register(self, files: ModelFiles | None) -> None:
+        model = self._model()
+        if model is None:
+            return
+        for module in model.modules():
+            module.__dict__.pop("vramkit_files", None)
+        if files is not None:
+            object.__setattr__(model, "vramkit_files", files)
+
+    def origins(self) -> list[str]:
+        """Where each block is read from: "checkpoint", "converted", "own", or two of them."""
+        return [home.kind for home in self._homes]
+
+    def plan(self, blocks: Sequence[Block]) -> tuple[list[_core.Source], list[_core.BlockSpec]]:
+        """The blocks as the engine takes them, and what it reads them from."""
+        files: list[_core.Source] = []
+        files += _unique(file for home in self._homes for file in home.files)
+        specs = []
+        for block, size, home, part in zip(
+            blocks, self.sizes, self._homes, self._waiting, strict=True
+        ):
+            extents = [
+                _core.Extent(files.index(home.files[e.source]), e.source_offset, e.block_offset,
+                             e.bytes)
+                for e in home.extents
+            ]  # fmt: skip
+            if part is not None:
+                extents.append(_core.Extent(len(files), 0, part.offset, part.size))
+                files.append(part.memory.source())
+            specs.append(_spec(block, size, extents))
+        return files, specs
 
     def point_to_store(self) -> None:
-        """Every parameter is a view of the mapping or the memory."""
-        for layout, views in zip(self.layouts, self.views, strict=True):
-            for place, view in zip(layout.places, views, strict=True):
+        """Every parameter is a view of the mapping."""
+        for places, views in zip(self.places, self.views, strict=True):
+            for place, view in zip(places, views, strict=True):
                 place.parameter.data = view
 
     def rewrite(self, block: int) -> None:
-        """Write what the block's parameters hold now, and map it afresh."""
-        with open(self.path, "r+b") as file:
-            self._write(self.layouts[block], file)
-        self.views[block] = self._mapped(self.layouts[block])
-        for place, view in zip(self.layouts[block].places, self.views[block], strict=True):
+        """Write what the block's parameters hold now to a file of its own, and map that.
+
+        Raises OSError where there is no room; nothing has changed then.
+        """
+        part = self._waiting[block]
+        places = self.places[block]
+        if part is not None:
+            part.write()
+            places = places[: -len(part.places)]
+        if places:
+            size = self.sizes[block] if part is None else part.offset
+            with _OwnFile(self.folder) as file:
+                file.append(_run(places, size))
+                source = file.source()
+            home = _Home("own", [source], [_core.Extent(0, 0, 0, size)])
+            mapped = home.mapped(size)
+            self._homes[block], self._mapped[block], self._cached[block] = home, mapped, None
+            self.views[block] = _views(mapped.mapping, places)
+        else:
+            self.views[block] = []
+        if part is not None:
+            self.views[block] += part.views()
+        for place, view in zip(self.places[block], self.views[block], strict=True):
             place.parameter.data = view
 
     def release(self) -> None:
-        """Parameters become tensors of their own again, and the file goes."""
-        for layout, views in zip(self.layouts, self.views, strict=True):
-            for place, view in zip(layout.places, views, strict=True):
-                own = torch.empty_strided(view.shape, view.stride(), dtype=view.dtype)
-                place.parameter.data = own.copy_(view)
-        self.views = []
-        self.remove()
+        """Parameters become tensors of their own again, and the store's files go."""
+        self._move_out(range(len(self.places)))
+        self.discard()
+        self._register(None)
+
+    def undo(self) -> None:
+        """As before the store was made: tensors in memory, or views of the model's files."""
+        own = [
+            i
+            for i, (home, part) in enumerate(zip(self._homes, self._waiting, strict=True))
+            if "own" in home.kind or part is not None
+        ]
+        self._move_out(own)
+        mapped = [m for i, m in enumerate(self._mapped) if i not in own]
+        self._register(ModelFiles(mapped, self._found.cache_bytes) if mapped else None)
+        self.discard()
+
+    def discard(self) -> None:
+        """The store's files go; what its parameters hold is in another store."""
+        self.views, self._mapped, self._homes, self._cached, self._waiting = [], [], [], [], []
+
+    def _move_out(self, blocks: Sequence[int]) -> None:
+        for block in blocks:
+            for place, view in zip(self.places[block], self.views[block], strict=True):
+                now = place.parameter.data
+                if now.data_ptr() == view.data_ptr():  # else it has memory of its own already
+                    own = torch.empty_strided(view.shape, view.stride(), dtype=view.dtype)
+                    place.parameter.data = own.copy_(now)
 
 
-def _spec(block: Block, layout: Layout, extents: list[_core.Extent]) -> _core.BlockSpec:
+class _Plan:
+    """One block before it is in the store: what is where, and what is to be written."""
+
+    def __init__(
+        self,
+        parameters: list[nn.Parameter],
+        origins: list[tuple[_core.FileSource, int] | None],
+    ) -> None:
+        self.parameters, self.origins = parameters, origins
+        self.files = _unique(origin[0] for origin in origins if origin is not None)
+        self.places: list[Place] = []
+        self.size = 0
+        self.extents: list[_core.Extent] = []
+        self.fresh: list[Place] = []  # to be written, by place in what is written
+        self.fresh_size = 0
+        self.gathered = False
+        self.own: _core.FileSource | None = None
+        self.own_offset = 0
+        self.cached: _core.BlockFile | None = None
+
+    def pack(self) -> None:
+        """All parameters one after another, in one run."""
+        self.places, self.size = _packed(self.parameters)
+        if not self.gathered:
+            self.fresh, self.fresh_size = self.places, self.size
+
+    def in_place(self) -> bool:
+        """Lie as the files have it; False where that would be slow."""
+        fresh = [p for p, at in zip(self.parameters, self.origins, strict=True) if at is None]
+        packed, fresh_size = _packed(fresh)
+        rest = iter(packed)
+        own = len(self.files)
+        ranges = []
+        for parameter, origin in zip(self.parameters, self.origins, strict=True):
+            nbytes = parameter.numel() * parameter.element_size()
+            where = (own, next(rest).offset) if origin is None else None
+            if origin is not None:
+                where = (self.files.index(origin[0]), origin[1])
+            assert where is not None
+            ranges.append((*where, nbytes, parameter.element_size()))
+        layout = _core.block_layout(ranges)
+        parts = len(layout.extents)
+        useful = sum(r[2] for r in ranges) >= layout.bytes * USED
+        if not layout.direct or not useful or (parts > 1 and layout.bytes < parts * PART):
+            return False
+        self.places = [
+            Place(p, at, r[2], _dense_strides(p))
+            for p, at, r in zip(self.parameters, layout.places, ranges, strict=True)
+        ]
+        self.size, self.extents = layout.bytes, layout.extents
+        self.fresh, self.fresh_size = packed, fresh_size
+        return True
+
+    def home(self) -> _Home:
+        if not self.parameters:
+            return _Home("memory", [], [])
+        if not self.extents:
+            assert self.own is not None
+            kind = "own" if self.cached is None else "converted"
+            return _Home(kind, [self.own], [_core.Extent(0, self.own_offset, 0, self.size)])
+        files = list(self.files)
+        extents = self.extents
+        if self.own is not None:
+            files.append(self.own)
+            # What was laid out before the file was there begins where it came to lie.
+            extents = [
+                _core.Extent(e.source, e.source_offset + self.own_offset, e.block_offset, e.bytes)
+                if e.source == len(self.files)
+                else e
+                for e in extents
+            ]
+        return _Home("checkpoint and own" if self.own else "checkpoint", files, extents)
+
+
+class _OwnFile:
+    """A file without a name: written once, then a source that nobody else can open."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, path = tempfile.mkstemp(suffix=".blocks", prefix="vramkit-", dir=folder)
+        self._file, self._path = os.fdopen(handle, "wb"), path
+        self._end = 0
+
+    def append(self, run: memoryview) -> int:
+        """Write a run at the next page; where it begins."""
+        start = self._end
+        self._file.seek(start)
+        self._file.write(run)
+        self._end += -(-len(run) // PAGE) * PAGE
+        return start
+
+    def source(self) -> _core.FileSource:
+        self._file.truncate(max(self._end, PAGE))
+        self._file.close()
+        return _core.FileSource(self._path)
+
+    def __enter__(self) -> _OwnFile:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        # Open descriptors keep the file; a process that is killed leaves nothing behind.
+        os.unlink(self._path)
+        self._file.close()
+
+
+def _unique(files: Iterable[_core.FileSource]) -> list[_core.FileSource]:
+    return list({id(file): file for file in files}.values())
+
+
+def _spec(block: Block, size: int, extents: list[_core.Extent]) -> _core.BlockSpec:
     residence = {
         None: _core.Residence.automatic,
         True: _core.Residence.streamed,
         False: _core.Residence.resident,
     }[block.streamed]
-    return _core.BlockSpec(", ".join(block.entries), layout.nbytes, extents, residence)
+    return _core.BlockSpec(", ".join(block.entries), size, extents, residence)
 
 
 def empty_specs(model: nn.Module, blocks: Sequence[Block]) -> list[_core.BlockSpec]:
     """The blocks as an engine sees their sizes, with no bytes behind them."""
     parameters = dict(model.named_parameters())
-    return [_spec(block, _lay_out(block, parameters, (), 0, 0), []) for block in blocks]
+    return [_spec(b, _packed([parameters[n] for n in b.parameters])[1], []) for b in blocks]
 
 
-def _lay_out(
-    block: Block,
-    parameters: Mapping[str, nn.Parameter],
-    on_host: Container[str],
-    in_file: int,
-    in_memory: int,
-) -> Layout:
-    places: list[Place] = []
-    end = 0
-
-    def add(names: list[str], host: bool) -> int:
-        nonlocal end
-        begin = end
-        for name in names:
-            parameter = parameters[name]
-            nbytes = parameter.numel() * parameter.element_size()
-            places.append(Place(parameter, end, nbytes, _dense_strides(parameter), host))
-            end += -(-nbytes // ALIGNMENT) * ALIGNMENT
-        return end - begin
-
-    file = add([n for n in block.parameters if n not in on_host], False)
-    if file:
-        end = _pages(end)  # direct reads write whole pages
-    begin = end
-    memory = add([n for n in block.parameters if n in on_host], True)
-    # Without parameters in memory the block ends where those of the file do.
-    return Layout(places, end if memory else file, (0, in_file, file), (begin, in_memory, memory))
+def _packed(parameters: Sequence[nn.Parameter]) -> tuple[list[Place], int]:
+    places, size = [], 0
+    for parameter in parameters:
+        nbytes = parameter.numel() * parameter.element_size()
+        places.append(Place(parameter, size, nbytes, _dense_strides(parameter)))
+        size += -(-nbytes // ALIGNMENT) * ALIGNMENT
+    return places, size
 
 
-def _pages(nbytes: int) -> int:
-    return -(-nbytes // PAGE) * PAGE
+def _views(
+    memory: _core.FileMapping | _core.HostStore, places: Sequence[Place], start: int = 0
+) -> list[Tensor]:
+    """A view for each parameter, with a storage of its own; the memory is at `start` of the block."""
+    views = []
+    for place in places:
+        run = torch.empty(0, dtype=torch.uint8)
+        if place.nbytes:
+            run = torch.frombuffer(
+                memory, dtype=torch.uint8, count=place.nbytes, offset=place.offset - start
+            )
+        flat = run.view(place.parameter.dtype)
+        views.append(flat.as_strided(place.parameter.shape, place.stride))
+    return views
 
 
-def _unlink(path: str) -> None:
-    Path(path).unlink(missing_ok=True)
+def _run(places: Sequence[Place], size: int) -> memoryview:
+    run = torch.zeros(size, dtype=torch.uint8)
+    for place in places:
+        place.view(run).copy_(place.parameter.detach())
+    return run.numpy().data
 
 
 def _dense_strides(tensor: Tensor) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from ..errors import BudgetError, VramkitError
 from ..first_run import by_name
 from ..model_objects import find_modules
 from ..sizes import format_size, parse_size
+from ..tensor_files import ModelFiles
 from .blocks import Block
 from .session import Lent, OffloadSession
 from .store import BlockStore
@@ -78,35 +79,28 @@ class Shelf:
 
     def __init__(self, module: nn.Module, folder: str, elsewhere: set[int]) -> None:
         groups: list[Block] = []
+        self.parameters: list[nn.Parameter] = []
         for name, parameter in module.named_parameters():
             if id(parameter) in elsewhere:  # shared with a component that has it on its shelf
                 continue
             elsewhere.add(id(parameter))
+            self.parameters.append(parameter)
             size = parameter.numel() * parameter.element_size()
             if not groups or groups[-1].nbytes + size > GROUP:
-                groups.append(Block([], [], 0))
+                groups.append(Block([], [name], 0))
             groups[-1].parameters.append(name)
             groups[-1].nbytes += size
-        self.store = BlockStore(module, groups, folder)
+        BlockStore(module, groups, folder)
+        self.files = ModelFiles.of(module)
 
-    def waiting(self) -> Iterator[tuple[nn.Parameter, Any]]:
-        """(parameter, its view of the file) of those that are still here."""
-        for layout, views in zip(self.store.layouts, self.store.views, strict=True):
-            for place, view in zip(layout.places, views, strict=True):
-                if place.parameter.data_ptr() == view.data_ptr():
-                    yield place.parameter, view
+    def waiting(self) -> Iterator[nn.Parameter]:
+        """Those that are still here."""
+        return (p for p in self.parameters if self.files.holds(p))
 
-    def take_off(self, parameters: Collection[nn.Parameter] | None = None) -> int:
-        """These (or all) are tensors of their own again, if they are still here; their bytes."""
-        wanted = None if parameters is None else {id(p) for p in parameters}
-        size = 0
-        for parameter, view in list(self.waiting()):
-            if wanted is None or id(parameter) in wanted:
-                parameter.data = view.clone()
-                size += view.nbytes
-        if not any(True for _ in self.waiting()):
-            self.store.remove()
-        return size
+    def take_off(self) -> None:
+        """All that is still here is in memory of its own again."""
+        for parameter in list(self.waiting()):
+            parameter.data = parameter.data.clone()
 
 
 class PipelineSession:
@@ -193,6 +187,9 @@ class PipelineSession:
         for other, _ in disarmed.values():
             other.__dict__.pop("forward", None)
         shelved = [(p, p.data) for p in module.parameters()]
+        # From where its blocks are read: nothing is written a second time.
+        mapped = [one for shelf in self._shelves.values() for one in shelf.files.mapped]
+        object.__setattr__(module, "vramkit_files", ModelFiles(mapped))
         try:
             self.sessions[path] = self._begin[name](module, inputs)
         except BaseException:
@@ -202,17 +199,14 @@ class PipelineSession:
                 other.__dict__["forward"] = lent
             self._armed |= disarmed
             raise
-        # What is in no block stays in memory from now on.
-        for shelf in self._shelves.values():
-            shelf.take_off(list(module.parameters()))
 
     def names_taken(self, module: nn.Module) -> dict[str, str]:
         """Parameters of `module` that another session has already, with that as the reason."""
         taken = {
             id(place.parameter)
             for session in self.sessions.values()
-            for layout in session.store.layouts
-            for place in layout.places
+            for places in session.store.places
+            for place in places
         }
         why = "moves with another module"
         return {name: why for name, p in module.named_parameters() if id(p) in taken}
@@ -220,8 +214,8 @@ class PipelineSession:
     def waiting_bytes(self, parameters: Collection[nn.Parameter]) -> int:
         """Bytes of these that are on a shelf still."""
         wanted = {id(p) for p in parameters}
-        waiting = (pair for shelf in self._shelves.values() for pair in shelf.waiting())
-        return sum(view.nbytes for parameter, view in waiting if id(parameter) in wanted)
+        waiting = (p for shelf in self._shelves.values() for p in shelf.waiting())
+        return sum(p.nbytes for p in waiting if id(p) in wanted)
 
     @property
     def fixed_bytes(self) -> int:
@@ -257,6 +251,9 @@ class PipelineSession:
             for shelf in self._shelves.values():
                 shelf.take_off()
             self._shelves = {}
+            for component in self.components.values():
+                for module in component.modules():
+                    module.__dict__.pop("vramkit_files", None)
             object.__setattr__(self._pipeline, "vramkit_session", None)
 
 
