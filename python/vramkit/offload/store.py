@@ -166,7 +166,8 @@ class BlockStore:
         if all(origin is None for origin in origins):
             plan.pack()
         elif not plan.in_place():
-            plan.gathered = all(
+            # Without a cache, and where some are in memory only, the store has a copy of its own.
+            plan.gathered = self._found.cache_bytes > 0 and all(
                 origin is not None or not p.numel()
                 for p, origin in zip(parameters, origins, strict=True)
             )
@@ -465,7 +466,7 @@ def _packed(parameters: Sequence[nn.Parameter]) -> tuple[list[Place], int]:
 def _views(
     memory: _core.FileMapping | _core.HostStore, places: Sequence[Place], start: int = 0
 ) -> list[Tensor]:
-    """A view for each parameter, with a storage of its own; the memory is at `start` of the block."""
+    """A view for each parameter, with a storage of its own; `start`: where the memory begins."""
     views = []
     for place in places:
         run = torch.empty(0, dtype=torch.uint8)

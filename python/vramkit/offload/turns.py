@@ -189,7 +189,7 @@ class PipelineSession:
         shelved = [(p, p.data) for p in module.parameters()]
         # From where its blocks are read: nothing is written a second time.
         mapped = [one for shelf in self._shelves.values() for one in shelf.files.mapped]
-        object.__setattr__(module, "vramkit_files", ModelFiles(mapped))
+        object.__setattr__(module, "vramkit_files", ModelFiles(mapped, cache_bytes=0))
         try:
             self.sessions[path] = self._begin[name](module, inputs)
         except BaseException:
@@ -263,11 +263,12 @@ def components_of(pipeline: Any) -> dict[str, nn.Module]:
     Raises TypeError where there are none.
     """
     found: dict[str, nn.Module] = {}
+    named: Any = []
     if isinstance(pipeline, nn.Module):
-        named: Any = pipeline.named_children()
-    else:
+        named = pipeline.named_children()
+    elif hasattr(pipeline, "__dict__") and not isinstance(pipeline, type):
         held = getattr(pipeline, "components", None)
-        named = [*(held.items() if isinstance(held, Mapping) else ())]
+        named += [*(held.items() if isinstance(held, Mapping) else ())]
         named += getattr(pipeline, "__dict__", {}).items()
         named += [(type(m).__name__.lower(), m) for m in find_modules(pipeline)]
     seen: set[int] = set()
