@@ -292,6 +292,8 @@ void bind_calls(py::module_& m) {
             return records;
           },
           "The latest (kind, block, thread, begin_ns, end_ns), kinds copy, wait and use.")
+      .def("keep_timeline", &Engine::keep_timeline, py::arg("records"),
+           "From now on keep the latest `records`, 0 for none; earlier ones are forgotten.")
       .def("check", &Engine::check, "Raises an error that names the first broken invariant.");
 }
 

@@ -1125,6 +1125,10 @@ class Engine:
         """
         The block's source has changed: it is loaded again when called.
         """
+    def keep_timeline(self, records: typing.SupportsInt | typing.SupportsIndex) -> None:
+        """
+        From now on keep the latest `records`, 0 for none; earlier ones are forgotten.
+        """
     def prefetch(self, block: typing.SupportsInt | typing.SupportsIndex) -> bool: ...
     def release(
         self,

@@ -117,7 +117,8 @@ Engine::Engine(EngineConfig config, Checked)
   waiting_.reserve(kFarthest);
   ahead_.reserve(kFarthest);
   claimed_.resize(slots_.size());
-  timeline_.reserve(static_cast<std::size_t>(options_.timeline));
+  timeline_most_ = static_cast<std::size_t>(options_.timeline);
+  timeline_.reserve(timeline_most_);
   start_threads();
 }
 

@@ -178,6 +178,8 @@ class Engine {
   BlockStats block_stats(std::int64_t block) const;
   BlockStatus state(std::int64_t block) const { return block_stats(block).state; }
   std::vector<TimelineRecord> timeline() const;  // the latest ones, by begin
+  // From now on the latest `records` are kept, 0 for none; earlier ones are forgotten.
+  void keep_timeline(std::int64_t records);
   // Throws Error that names the first broken invariant.
   void check() const;
 
@@ -329,7 +331,7 @@ class Engine {
   bool stopping_ = false, closed_ = false;
   EngineStats stats_;
   std::vector<TimelineRecord> timeline_;
-  std::size_t timeline_next_ = 0;
+  std::size_t timeline_most_ = 0, timeline_next_ = 0;
   std::vector<std::unique_ptr<Worker>> workers_;
 };
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from .. import _core
+from ..convert import Progress
 from ..errors import BudgetError
 from ..estimator import weight_bytes
 from ..first_run import by_name
@@ -31,6 +32,7 @@ def enable_vram_management(
     *,
     inputs: Any = None,
     folder: str | os.PathLike[str] | None = None,
+    progress: bool | Progress = False,
 ) -> nn.Module:
     """Keep at most `vram_limit` of the model's weights in memory; the rest is read when needed.
 
@@ -42,6 +44,8 @@ def enable_vram_management(
         inputs: One call's inputs (or their shapes, as for `vramkit.estimate`), from which is seen
             which weights a call uses, and in what order. Without, the first call's inputs serve.
         folder: Where the weights are written, on a disk (by default the user's cache folder).
+        progress: True for a progress bar of the writing, or a function of (bytes done, bytes in
+            all, module).
 
     The weights are written to one file, which goes with the session, and read from it block by
     block, ahead of need, past the page cache where the file is not in it. The limit bounds weights:
@@ -62,7 +66,7 @@ def enable_vram_management(
     limit = _available() if vram_limit is None else parse_size(vram_limit)
     where = os.fspath(folder) if folder is not None else str(cache_folder() / "blocks")
     if inputs is not None:
-        start(model, divide(model, touches_of(model, inputs)), limit, buffer, where)
+        start(model, divide(model, touches_of(model, inputs)), limit, buffer, where, progress)
         return model
 
     first = threading.Lock()
@@ -73,7 +77,7 @@ def enable_vram_management(
                 del model.__dict__["forward"]
                 try:
                     touches = touches_of(model, by_name(model, args, kwargs))
-                    start(model, divide(model, touches), limit, buffer, where)
+                    start(model, divide(model, touches), limit, buffer, where, progress)
                 except BaseException:
                     model.__dict__["forward"] = lent  # nothing runs whole unasked
                     raise
@@ -94,7 +98,12 @@ def _available() -> int:
 
 
 def start(
-    model: nn.Module, division: Division, limit: int, buffer: int, folder: str
+    model: nn.Module,
+    division: Division,
+    limit: int,
+    buffer: int,
+    folder: str,
+    progress: bool | Progress = False,
 ) -> OffloadSession:
     """Move the blocks to a file, and lend them from there within the limit."""
     if not division.blocks:
@@ -104,7 +113,7 @@ def start(
         )
     moved = sum(block.nbytes for block in division.blocks)
     fixed = weight_bytes(model) - moved
-    store = BlockStore(model, division.blocks, folder)
+    store = BlockStore(model, division.blocks, folder, progress)
 
     def make_engine(room: int) -> _core.Engine:
         blocks = [

@@ -20,6 +20,7 @@ from .. import _core
 from ..errors import VramkitError
 from ..sizes import parse_size
 from .blocks import Division
+from .report import Seen
 from .store import BlockStore, Place
 
 
@@ -60,7 +61,7 @@ class _Guest:
         self.versions = [place.parameter._version for place in self.places]
 
 
-class OffloadSession:
+class OffloadSession(Seen):
     """What `enable_vram_management` sets up for a model.
 
     One thread at a time is inside a block.
@@ -102,8 +103,13 @@ class OffloadSession:
     def __reduce__(self) -> Any:
         return type(None), ()
 
+    def _offloaded(self) -> nn.Module | None:
+        return self._model() if self._wrapped else None
+
     def _start_engine(self) -> None:
         self.engine = self._make_engine(self._room)
+        if self._records:
+            self.record(self._records)
         self._arena = torch.frombuffer(self.engine.view(), dtype=torch.uint8)
         for guest in self._guests:
             guest.slots = {}
@@ -220,13 +226,6 @@ class OffloadSession:
         if isinstance(result, Tensor):
             return kept(result)
         return torch.utils._pytree.tree_map_only(Tensor, kept, result)
-
-    def stats(self) -> _core.EngineStats:
-        """Bytes, counts and times since the model was offloaded, or last changed from outside.
-
-        `limit` is what the blocks may take: the user's, less the buffer and `fixed_bytes`.
-        """
-        return self.engine.stats()
 
     def resize(self, vram_limit: int | float | str) -> None:
         """Another limit: blocks leave memory, or stay there when they are next read.

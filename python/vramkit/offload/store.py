@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..convert import Progress, progress_bar
 from .blocks import Block
 
 PAGE = 4096
@@ -46,7 +47,11 @@ class BlockStore:
     """
 
     def __init__(
-        self, model: nn.Module, blocks: Sequence[Block], folder: str | os.PathLike[str]
+        self,
+        model: nn.Module,
+        blocks: Sequence[Block],
+        folder: str | os.PathLike[str],
+        progress: bool | Progress = False,
     ) -> None:
         parameters = dict(model.named_parameters())
         self.places: list[list[Place]] = []
@@ -70,10 +75,14 @@ class BlockStore:
         self.path = Path(path)
         self._remove = weakref.finalize(self, _unlink, path)
         try:
-            with os.fdopen(handle, "wb") as file:
-                for start, size, places in zip(self.starts, self.sizes, self.places, strict=True):
-                    file.seek(start)
-                    file.write(_run(places, size))
+            with (
+                os.fdopen(handle, "wb") as file,
+                progress_bar(progress, sum(self.sizes), "offload") as advance,
+            ):
+                for i, block in enumerate(blocks):
+                    file.seek(self.starts[i])
+                    file.write(_run(self.places[i], self.sizes[i]))
+                    advance(self.sizes[i], block.entries[0])
                 file.truncate(max(end, PAGE))
         except BaseException:
             self._remove()
