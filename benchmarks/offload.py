@@ -4,7 +4,8 @@
 them through its slots: from the page cache, and past it from the disk. Beside it stand what a copy
 of memory, a read from the page cache and direct reads reach in plain loops, and what the arithmetic
 takes with all blocks resident. A copying engine cannot be faster than the longest of the
-arithmetic, the copies, and both together on all processors.
+arithmetic, the copies, and both together on all processors. Whole models, packed ones, and
+accelerate's come after that: offload_models.py.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from typing import Any
 
 import torch
 from vramkit import _core
+
+from .offload_models import run_larger, run_models
 
 BLOCKS = 24
 WIDTH, HIDDEN = 2048, 8192
@@ -106,6 +109,12 @@ def _forward(engine: _core.Engine, views: dict[int, torch.Tensor], x: torch.Tens
     return x
 
 
+def processor_seconds() -> float:
+    """What this process has taken of all processors."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
 def _times(work: dict[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, float]]:
     """Median seconds of each, and of processor time, called in turn."""
     seconds: dict[str, list[float]] = {name: [] for name in work}
@@ -114,14 +123,10 @@ def _times(work: dict[str, Callable[[], Any]], repeats: int) -> dict[str, dict[s
         work[name]()
     for _ in range(repeats):
         for name, call in work.items():
-            usage = resource.getrusage(resource.RUSAGE_SELF)
-            begin = time.perf_counter()
+            used, begin = processor_seconds(), time.perf_counter()
             call()
             seconds[name].append(time.perf_counter() - begin)
-            after = resource.getrusage(resource.RUSAGE_SELF)
-            processor[name].append(
-                after.ru_utime + after.ru_stime - usage.ru_utime - usage.ru_stime
-            )
+            processor[name].append(processor_seconds() - used)
     return {
         name: {"seconds": median(seconds[name]), "processor": median(processor[name])}
         for name in work
@@ -131,6 +136,18 @@ def _times(work: dict[str, Callable[[], Any]], repeats: int) -> dict[str, dict[s
 def run(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     """Measure, print, and return the figures and the promises that were missed."""
     torch.set_num_threads(options.threads)
+    result, missed = _run_engine(options)
+    direct = float(result["cold"]["direct_bytes_per_second"])
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder, torch.no_grad():
+        if options.larger:
+            result["larger"] = run_larger(options, Path(folder), direct)
+        else:
+            result["models"], more = run_models(options, Path(folder), direct)
+            missed += more
+    return result, missed
+
+
+def _run_engine(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     cores = options.threads
     total = BLOCKS * BLOCK
     with tempfile.TemporaryDirectory(dir=options.folder) as folder, torch.inference_mode():

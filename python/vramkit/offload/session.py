@@ -110,7 +110,8 @@ class OffloadSession(Seen):
         self.engine = self._make_engine(self._room)
         if self._records:
             self.record(self._records)
-        self._arena = torch.frombuffer(self.engine.view(), dtype=torch.uint8)
+        with torch.inference_mode(False):
+            self._arena = torch.frombuffer(self.engine.view(), dtype=torch.uint8)
         for guest in self._guests:
             guest.slots = {}
 
@@ -141,8 +142,9 @@ class OffloadSession(Seen):
         views = guest.slots.get(address)
         if views is None:
             start = address - self.engine.base
-            run = self._arena[start : start + self.store.sizes[index]]
-            views = guest.slots[address] = [place.view(run) for place in guest.places]
+            with torch.inference_mode(False):  # else autograd refuses them for good
+                run = self._arena[start : start + self.store.sizes[index]]
+                views = guest.slots[address] = [place.view(run) for place in guest.places]
         for place, view in zip(guest.places, views, strict=True):
             place.parameter.data = view
 

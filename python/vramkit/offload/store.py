@@ -90,6 +90,7 @@ class BlockStore:
         self.views = self._mapped()
         self.point_to_store()
 
+    @torch.inference_mode(False)  # parameters are ordinary tensors wherever they are made
     def _mapped(self) -> list[list[Tensor]]:
         """A view for each parameter, with a storage of its own."""
         with open(self.path, "rb") as file:
@@ -124,6 +125,7 @@ class BlockStore:
         for place, view in zip(self.places[block], self.views[block], strict=True):
             place.parameter.data = view
 
+    @torch.inference_mode(False)
     def release(self) -> None:
         """Parameters become tensors of their own again, and the file goes."""
         for places, views in zip(self.places, self.views, strict=True):
