@@ -49,6 +49,7 @@ def main() -> int:
             sub.add_argument("--rows", type=int, default=64)
             sub.add_argument("--many-rows", type=int, default=512, help="bound by arithmetic")
             sub.add_argument("--repeats", type=int, default=7)
+            sub.add_argument("--cold-repeats", type=int, default=4)
             sub.add_argument("--layers", type=int, default=24)
             sub.add_argument("--alone", action="store_true", help="without accelerate")
             sub.add_argument("--larger", action="store_true", help="only a model 4 times larger")

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 from vramkit import _core
 
-from .offload_models import run_larger, run_models
+from .offload_models import processor_seconds, run_larger, run_models
 
 BLOCKS = 24
 WIDTH, HIDDEN = 2048, 8192
@@ -109,12 +108,6 @@ def _forward(engine: _core.Engine, views: dict[int, torch.Tensor], x: torch.Tens
     return x
 
 
-def processor_seconds() -> float:
-    """What this process has taken of all processors."""
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
-
-
 def _times(work: dict[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, float]]:
     """Median seconds of each, and of processor time, called in turn."""
     seconds: dict[str, list[float]] = {name: [] for name in work}
@@ -137,12 +130,11 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     """Measure, print, and return the figures and the promises that were missed."""
     torch.set_num_threads(options.threads)
     result, missed = _run_engine(options)
-    direct = float(result["cold"]["direct_bytes_per_second"])
     with tempfile.TemporaryDirectory(dir=options.folder) as folder, torch.no_grad():
         if options.larger:
-            result["larger"] = run_larger(options, Path(folder), direct)
+            result["larger"] = run_larger(options, Path(folder))
         else:
-            result["models"], more = run_models(options, Path(folder), direct)
+            result["models"], more = run_models(options, Path(folder))
             missed += more
     return result, missed
 

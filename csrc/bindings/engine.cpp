@@ -183,7 +183,8 @@ void bind_stats(py::module_& m) {
       .def_readonly("acquires", &BlockStats::acquires)
       .def_readonly("hits", &BlockStats::hits)
       .def_readonly("wait_ns", &BlockStats::wait_ns)
-      .def_readonly("loads", &BlockStats::loads);
+      .def_readonly("loads", &BlockStats::loads)
+      .def_readonly("bytes", &BlockStats::bytes);
   py::class_<EngineStats>(m, "EngineStats", "Bytes, counts and times of an engine.")
       .def_readonly("limit", &EngineStats::limit)
       .def_readonly("committed", &EngineStats::committed)

@@ -104,6 +104,7 @@ Engine::Engine(EngineConfig config, Checked)
   for (std::size_t index = 0; index < blocks_.size(); ++index) {
     blocks_[index].resident = resident[index];
   }
+  share_slots(config.order, resident);
   make_workers(half);
   arena_ = std::make_unique<Arena>(limited_, arena_bytes_);
   absent_ = static_cast<std::int64_t>(blocks_.size());

@@ -102,6 +102,7 @@ struct BlockStats {
   std::int64_t hits = 0;     // acquires that found it there
   std::int64_t wait_ns = 0;  // of all others
   std::int64_t loads = 0;
+  std::int64_t bytes = 0;  // that a load copies
 };
 
 struct EngineStats {
@@ -240,6 +241,7 @@ class Engine {
   void cut_pieces(Block& block);
   void lay_out(const std::vector<std::int64_t>& order);
   void lay_out_in(std::int64_t most, const std::vector<std::int64_t>& order);
+  void share_slots(const std::vector<std::int64_t>& order, const std::vector<bool>& resident);
   void find_ring(const std::vector<std::int64_t>& order);
   std::int64_t staging_half() const;
   void make_workers(std::int64_t half);

@@ -63,6 +63,7 @@ BlockStats Engine::block_stats(std::int64_t block) const {
   BlockStats stats = at(block).stats;
   stats.state = at(block).state;
   stats.resident = at(block).resident;
+  for (const Piece& piece : at(block).pieces) stats.bytes += piece.bytes;
   return stats;
 }
 

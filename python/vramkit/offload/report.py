@@ -356,7 +356,7 @@ class Seen:
             rates = Rates(link_bytes_per_second=link, disk_bytes_per_second=disk or 0.0)
         if rates is not None:
             self._rates = rates
-        engine, sizes = self.engine, self.store.sizes
+        engine = self.engine
         raw = engine.stats()
         blocks, slots = [], []
         for index, block in enumerate(self.division.blocks):
@@ -364,7 +364,7 @@ class Seen:
             slots.append(None if one.resident else engine.slot_of(index))
             name = ", ".join(block.entries)
             blocks.append(
-                BlockReport(name, sizes[index], one.resident, slots[-1], one.acquires, one.hits,
+                BlockReport(name, one.bytes, one.resident, slots[-1], one.acquires, one.hits,
                             one.wait_ns / 1e9, one.loads)
             )  # fmt: skip
         model = self._offloaded()
@@ -375,7 +375,7 @@ class Seen:
             buffer_bytes=self.buffer_bytes,
             fixed_bytes=self.fixed_bytes,
             arena_bytes=engine.reserved,
-            pass_bytes=copied_in_a_pass(self.division.order, sizes, slots),
+            pass_bytes=copied_in_a_pass(self.division.order, [b.nbytes for b in blocks], slots),
             link_rate=(self._rates.link_bytes_per_second or None) if self._rates else None,
             disk_rate=(self._rates.disk_bytes_per_second or None) if self._rates else None,
             blocks=blocks,

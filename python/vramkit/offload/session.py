@@ -240,8 +240,12 @@ class OffloadSession(Seen):
             self._room = room
 
     def disable(self) -> None:
-        """The model as it was before: plain forwards, and parameters of its own in memory."""
+        """The model as it was before: plain forwards, and parameters of its own in memory.
+
+        Raises FileChangedError, with nothing changed, if somebody else wrote to the blocks' file.
+        """
         with self._lock:
+            self.store.check()
             for module in self._wrapped:
                 del module.__dict__["forward"]
             self._wrapped = []

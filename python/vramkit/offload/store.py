@@ -1,6 +1,8 @@
 """Where a model's parameters live while it is offloaded: views of one mapped file.
 
 Each block is a run of whole pages in the file, so that the engine reads it past the page cache.
+Where the system permits it the file has no name: nobody can change it, or put another in its place,
+and it is gone when the process is, however that ends.
 The parameters of the model stay parameters: they become views of a private mapping, from which
 `state_dict`, `deepcopy` and `save` read them as ever.
 """
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..convert import Progress, progress_bar
+from ..errors import FileChangedError
 from .blocks import Block
 
 PAGE = 4096
@@ -40,7 +43,7 @@ class Place(NamedTuple):
 
 
 class BlockStore:
-    """The blocks' file and its mapping; the file goes when the store does.
+    """The blocks' file and its mapping; the file goes when the store does. `path` opens it here.
 
     Making one moves the parameters of the blocks into it. Raises OSError, with the model as it was,
     where the file cannot be written.
@@ -71,12 +74,16 @@ class BlockStore:
             end += -(-size // PAGE) * PAGE
         self.nbytes = end
         Path(folder).mkdir(parents=True, exist_ok=True)
-        handle, path = tempfile.mkstemp(suffix=".blocks", prefix="vramkit-", dir=folder)
-        self.path = Path(path)
-        self._remove = weakref.finalize(self, _unlink, path)
+        self._handle, path = tempfile.mkstemp(suffix=".blocks", prefix="vramkit-", dir=folder)
+        self._remove = weakref.finalize(self, _unlink, self._handle, path)
+        self.path = Path(f"/proc/self/fd/{self._handle}")
+        if self.path.exists():
+            os.unlink(path)
+        else:
+            self.path = Path(path)
         try:
             with (
-                os.fdopen(handle, "wb") as file,
+                open(self.path, "wb") as file,
                 progress_bar(progress, sum(self.sizes), "offload") as advance,
             ):
                 for i, block in enumerate(blocks):
@@ -87,8 +94,24 @@ class BlockStore:
         except BaseException:
             self._remove()
             raise
+        self._state = self._look()
         self.views = self._mapped()
         self.point_to_store()
+
+    def _look(self) -> tuple[int, int]:
+        """The file's size and its time of change."""
+        found = os.fstat(self._handle)
+        return found.st_size, found.st_mtime_ns
+
+    def check(self) -> None:
+        """Raises FileChangedError if somebody else wrote to the file, or cut it off."""
+        size, _ = found = self._look()
+        if found != self._state:
+            raise FileChangedError(
+                "the file of the offloaded weights was changed by somebody else (it had "
+                f"{self._state[0]} bytes and has {size}): their values are lost, load the model "
+                "again"
+            )
 
     @torch.inference_mode(False)  # parameters are ordinary tensors wherever they are made
     def _mapped(self) -> list[list[Tensor]]:
@@ -117,17 +140,30 @@ class BlockStore:
                 place.parameter.data = view
 
     def rewrite(self, block: int) -> None:
-        """Write what the block's parameters hold now, and map it afresh."""
-        with open(self.path, "r+b") as file:
-            file.seek(self.starts[block])
-            file.write(_run(self.places[block], self.sizes[block]))
+        """Write what the block's parameters hold now, and map it afresh.
+
+        Raises FileChangedError, and OSError where it cannot be written: the parameters keep what
+        they hold, and it can be called again.
+        """
+        self.check()
+        try:
+            with open(self.path, "r+b") as file:
+                file.seek(self.starts[block])
+                file.write(_run(self.places[block], self.sizes[block]))
+        finally:
+            self._state = self._look()
         self.views[block] = self._mapped()[block]
         for place, view in zip(self.places[block], self.views[block], strict=True):
             place.parameter.data = view
 
     @torch.inference_mode(False)
     def release(self) -> None:
-        """Parameters become tensors of their own again, and the file goes."""
+        """Parameters become tensors of their own again, and the file goes.
+
+        Raises FileChangedError, with nothing changed: to read a mapping that has no file behind it
+        any more would end the process.
+        """
+        self.check()
         for places, views in zip(self.places, self.views, strict=True):
             for place, view in zip(places, views, strict=True):
                 own = torch.empty_strided(view.shape, view.stride(), dtype=view.dtype)
@@ -136,7 +172,8 @@ class BlockStore:
         self._remove()
 
 
-def _unlink(path: str) -> None:
+def _unlink(handle: int, path: str) -> None:
+    os.close(handle)
     Path(path).unlink(missing_ok=True)
 
 
