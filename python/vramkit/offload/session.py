@@ -90,6 +90,7 @@ class OffloadSession(Seen):
             _Guest(places, views) for places, views in zip(store.places, store.views, strict=True)
         ]
         self._wrapped: list[nn.Module] = []
+        self._inside: list[int] = []  # blocks that are being called, before they are and after
         self._room = max(0, limit - buffer_bytes - fixed_bytes)
         self._start_engine()
         for index, block in enumerate(division.blocks):
@@ -107,17 +108,23 @@ class OffloadSession(Seen):
         return self._model() if self._wrapped else None
 
     def _start_engine(self) -> None:
+        self._made_for: tuple[int, int] | None = None  # until all of it is there
+        for guest in self._guests:
+            guest.slots = {}
+        state = self.store.state
         self.engine = self._make_engine(self._room)
         if self._records:
             self.record(self._records)
         with torch.inference_mode(False):
             self._arena = torch.frombuffer(self.engine.view(), dtype=torch.uint8)
-        for guest in self._guests:
-            guest.slots = {}
+        self._made_for = state
 
     def _wrap(self, module: nn.Module, index: int) -> None:
         def around(inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+            outermost = not self._lock._is_owned()  # type: ignore[attr-defined]
             with self._lock:
+                if outermost and self._inside:
+                    self._tidy()
                 self._enter(index)
                 try:
                     with self._saved_tensors():
@@ -130,6 +137,7 @@ class OffloadSession(Seen):
 
     def _enter(self, index: int) -> None:
         guest = self._guests[index]
+        self._inside.append(index)
         guest.inside += 1
         if guest.inside > 1:
             return
@@ -138,7 +146,8 @@ class OffloadSession(Seen):
             address = self.engine.acquire(index)
         except BaseException:
             guest.inside -= 1
-            raise
+            self._give_back(index)  # a signal may come between a lease and its address
+            raise  # and stays in `_inside`: the next call tidies up
         views = guest.slots.get(address)
         if views is None:
             start = address - self.engine.base
@@ -152,12 +161,33 @@ class OffloadSession(Seen):
         guest = self._guests[index]
         guest.inside -= 1
         if guest.inside:
+            self._inside.pop()
             return
         for place, view, version in zip(guest.places, guest.views, guest.versions, strict=True):
             if place.parameter._version != version:  # changed in the slot: the store learns of it
                 view.copy_(place.parameter.data)
             place.parameter.data = view
         self.engine.release(index)
+        self._inside.pop()
+
+    def _tidy(self) -> None:
+        """A signal broke the last call off between two steps of entering or leaving a block."""
+        for index in set(self._inside):
+            guest = self._guests[index]
+            guest.inside = 0
+            for place, view in zip(guest.places, guest.views, strict=True):
+                lies = place.parameter.data_ptr() - self.engine.base
+                if 0 <= lies < self.engine.reserved:
+                    place.parameter.data = view
+            self._give_back(index)
+        if self.engine.closed or self._made_for != self.store.state:
+            self.engine.close()
+            self._start_engine()
+        self._inside.clear()
+
+    def _give_back(self, index: int) -> None:
+        if self.engine.block_stats(index).state == _core.BlockStatus.in_use:
+            self.engine.release(index)
 
     def _look_for_changes(self, index: int) -> None:
         """Parameters that were changed since the block was last called go to the store's file."""
@@ -173,10 +203,13 @@ class OffloadSession(Seen):
                 )
             changed |= parameter._version != version or parameter.data_ptr() != view.data_ptr()
         if changed:
-            self.store.rewrite(index)
-            guest.home(self.store.views[index])
-            self.engine.close()
-            self._start_engine()
+            self.store.check()
+            try:
+                self.store.rewrite(index)
+                guest.home(self.store.views[index])
+            finally:
+                self.engine.close()
+                self._start_engine()
 
     def _saved_tensors(self) -> Any:
         """Where gradients are on: what autograd keeps of a slot is kept as a view of the store."""
@@ -246,8 +279,9 @@ class OffloadSession(Seen):
         """
         with self._lock:
             self.store.check()
+            self._tidy()
             for module in self._wrapped:
-                del module.__dict__["forward"]
+                module.__dict__.pop("forward", None)  # gone if a signal broke this off before
             self._wrapped = []
             self.engine.close()
             self.store.release()

@@ -94,7 +94,8 @@ class BlockStore:
         except BaseException:
             self._remove()
             raise
-        self._state = self._look()
+        self.state = self._look()
+        self._writing = False
         self.views = self._mapped()
         self.point_to_store()
 
@@ -106,10 +107,12 @@ class BlockStore:
     def check(self) -> None:
         """Raises FileChangedError if somebody else wrote to the file, or cut it off."""
         size, _ = found = self._look()
-        if found != self._state:
+        if self._writing:  # a signal broke our own writing off
+            self.state, self._writing = found, False
+        if found != self.state:
             raise FileChangedError(
                 "the file of the offloaded weights was changed by somebody else (it had "
-                f"{self._state[0]} bytes and has {size}): their values are lost, load the model "
+                f"{self.state[0]} bytes and has {size}): their values are lost, load the model "
                 "again"
             )
 
@@ -146,12 +149,13 @@ class BlockStore:
         they hold, and it can be called again.
         """
         self.check()
+        self._writing = True
         try:
             with open(self.path, "r+b") as file:
                 file.seek(self.starts[block])
                 file.write(_run(self.places[block], self.sizes[block]))
         finally:
-            self._state = self._look()
+            self.state, self._writing = self._look(), False
         self.views[block] = self._mapped()[block]
         for place, view in zip(self.places[block], self.views[block], strict=True):
             place.parameter.data = view
