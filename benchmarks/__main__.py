@@ -21,7 +21,7 @@ SUITES = {
     "allocator": "the allocator simulator: events replayed per second, by trace and options",
     "plan": "the planner: 1,000 layers x 12 formats x 3 places, against HiGHS, greedy and random",
     "estimate": "predicted against measured peaks on a frozen zoo, beside the peers",
-    "offload": "blocks streamed by the engine, against copies, direct reads and the arithmetic",
+    "offload": "offloaded models against copies, direct reads, the arithmetic and accelerate",
     "interop": "bitsandbytes' operators on our kernels and on its own; memory of a QLoRA step",
 }
 
@@ -47,7 +47,12 @@ def main() -> int:
             sub.add_argument("--quick", action="store_true", help="one shape, bfloat16 input")
         if name == "offload":
             sub.add_argument("--rows", type=int, default=64)
+            sub.add_argument("--many-rows", type=int, default=512, help="bound by arithmetic")
             sub.add_argument("--repeats", type=int, default=7)
+            sub.add_argument("--cold-repeats", type=int, default=4)
+            sub.add_argument("--layers", type=int, default=24)
+            sub.add_argument("--alone", action="store_true", help="without accelerate")
+            sub.add_argument("--larger", action="store_true", help="only a model 4 times larger")
             sub.add_argument(
                 "--folder", help="on the disk to be measured; default: temporary files'"
             )

@@ -4,14 +4,14 @@
 them through its slots: from the page cache, and past it from the disk. Beside it stand what a copy
 of memory, a read from the page cache and direct reads reach in plain loops, and what the arithmetic
 takes with all blocks resident. A copying engine cannot be faster than the longest of the
-arithmetic, the copies, and both together on all processors.
+arithmetic, the copies, and both together on all processors. Whole models, packed ones, and
+accelerate's come after that: offload_models.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import resource
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 from vramkit import _core
+
+from .offload_models import processor_seconds, run_larger, run_models
 
 BLOCKS = 24
 WIDTH, HIDDEN = 2048, 8192
@@ -114,14 +116,10 @@ def _times(work: dict[str, Callable[[], Any]], repeats: int) -> dict[str, dict[s
         work[name]()
     for _ in range(repeats):
         for name, call in work.items():
-            usage = resource.getrusage(resource.RUSAGE_SELF)
-            begin = time.perf_counter()
+            used, begin = processor_seconds(), time.perf_counter()
             call()
             seconds[name].append(time.perf_counter() - begin)
-            after = resource.getrusage(resource.RUSAGE_SELF)
-            processor[name].append(
-                after.ru_utime + after.ru_stime - usage.ru_utime - usage.ru_stime
-            )
+            processor[name].append(processor_seconds() - used)
     return {
         name: {"seconds": median(seconds[name]), "processor": median(processor[name])}
         for name in work
@@ -131,6 +129,17 @@ def _times(work: dict[str, Callable[[], Any]], repeats: int) -> dict[str, dict[s
 def run(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     """Measure, print, and return the figures and the promises that were missed."""
     torch.set_num_threads(options.threads)
+    result, missed = _run_engine(options)
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder, torch.no_grad():
+        if options.larger:
+            result["larger"] = run_larger(options, Path(folder))
+        else:
+            result["models"], more = run_models(options, Path(folder))
+            missed += more
+    return result, missed
+
+
+def _run_engine(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     cores = options.threads
     total = BLOCKS * BLOCK
     with tempfile.TemporaryDirectory(dir=options.folder) as folder, torch.inference_mode():

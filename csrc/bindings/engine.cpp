@@ -166,7 +166,8 @@ void bind_stats(py::module_& m) {
       .def_readonly("acquires", &BlockStats::acquires)
       .def_readonly("hits", &BlockStats::hits)
       .def_readonly("wait_ns", &BlockStats::wait_ns)
-      .def_readonly("loads", &BlockStats::loads);
+      .def_readonly("loads", &BlockStats::loads)
+      .def_readonly("bytes", &BlockStats::bytes);
   py::class_<EngineStats>(m, "EngineStats", "Bytes, counts and times of an engine.")
       .def_readonly("limit", &EngineStats::limit)
       .def_readonly("committed", &EngineStats::committed)
@@ -278,6 +279,8 @@ void bind_calls(py::module_& m) {
             return records;
           },
           "The latest (kind, block, thread, begin_ns, end_ns), kinds copy, wait and use.")
+      .def("keep_timeline", &Engine::keep_timeline, py::arg("records"),
+           "From now on keep the latest `records`, 0 for none; earlier ones are forgotten.")
       .def("check", &Engine::check, "Raises an error that names the first broken invariant.");
 }
 

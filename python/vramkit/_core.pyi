@@ -881,6 +881,8 @@ class BlockStats:
     @property
     def acquires(self) -> int: ...
     @property
+    def bytes(self) -> int: ...
+    @property
     def hits(self) -> int: ...
     @property
     def loads(self) -> int: ...
@@ -986,6 +988,10 @@ class Engine:
     def invalidate(self, block: typing.SupportsInt | typing.SupportsIndex) -> None:
         """
         The block's source has changed: it is loaded again when called.
+        """
+    def keep_timeline(self, records: typing.SupportsInt | typing.SupportsIndex) -> None:
+        """
+        From now on keep the latest `records`, 0 for none; earlier ones are forgotten.
         """
     def park(self) -> int:
         """

@@ -104,6 +104,7 @@ Engine::Engine(EngineConfig config, Checked)
   for (std::size_t index = 0; index < blocks_.size(); ++index) {
     blocks_[index].resident = resident[index];
   }
+  share_slots(config.order, resident);
   make_workers(half);
   arena_ = std::make_unique<Arena>(limited_, arena_bytes_);
   absent_ = static_cast<std::int64_t>(blocks_.size());
@@ -117,7 +118,8 @@ Engine::Engine(EngineConfig config, Checked)
   waiting_.reserve(kFarthest);
   ahead_.reserve(kFarthest);
   claimed_.resize(slots_.size());
-  timeline_.reserve(static_cast<std::size_t>(options_.timeline));
+  timeline_most_ = static_cast<std::size_t>(options_.timeline);
+  timeline_.reserve(timeline_most_);
   start_threads();
 }
 

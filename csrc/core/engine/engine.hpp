@@ -103,6 +103,7 @@ struct BlockStats {
   std::int64_t hits = 0;     // acquires that found it there
   std::int64_t wait_ns = 0;  // of all others
   std::int64_t loads = 0;
+  std::int64_t bytes = 0;  // that a load copies
 };
 
 struct EngineStats {
@@ -186,6 +187,8 @@ class Engine {
   BlockStats block_stats(std::int64_t block) const;
   BlockStatus state(std::int64_t block) const { return block_stats(block).state; }
   std::vector<TimelineRecord> timeline() const;  // the latest ones, by begin
+  // From now on the latest `records` are kept, 0 for none; earlier ones are forgotten.
+  void keep_timeline(std::int64_t records);
   // Throws Error that names the first broken invariant.
   void check() const;
 
@@ -251,6 +254,7 @@ class Engine {
   void cut_pieces(Block& block);
   void lay_out(const std::vector<std::int64_t>& order);
   void lay_out_in(std::int64_t most, const std::vector<std::int64_t>& order);
+  void share_slots(const std::vector<std::int64_t>& order, const std::vector<bool>& resident);
   void find_ring(const std::vector<std::int64_t>& order);
   std::int64_t staging_half() const;
   void make_workers(std::int64_t half);
@@ -346,7 +350,7 @@ class Engine {
   bool stopping_ = false, closed_ = false;
   EngineStats stats_;
   std::vector<TimelineRecord> timeline_;
-  std::size_t timeline_next_ = 0;
+  std::size_t timeline_most_ = 0, timeline_next_ = 0;
   std::vector<std::unique_ptr<Worker>> workers_;
 };
 

@@ -123,6 +123,42 @@ void Engine::lay_out_in(std::int64_t most, const std::vector<std::int64_t>& orde
   arena_bytes_ = end;
 }
 
+// Slots once more, now that it is known who streams: of blocks in turn every other may be resident,
+// and those between would all have the same slot. The slots stay as they are.
+void Engine::share_slots(const std::vector<std::int64_t>& order,
+                         const std::vector<bool>& resident) {
+  std::vector<std::int64_t> bytes;
+  std::vector<bool> needs;
+  for (std::size_t index = 0; index < blocks_.size(); ++index) {
+    bytes.push_back(blocks_[index].spec.bytes);
+    needs.push_back(!resident[index]);
+  }
+  if (slots_.empty() || std::find(needs.begin(), needs.end(), true) == needs.end()) return;
+  const auto most = static_cast<std::int64_t>(slots_.size());
+  const SlotPlan plan = colour_slots(order, bytes, needs, options_.depth, most);
+  // The largest of the plan's is the largest here, and so on.
+  auto by_size = [](std::size_t count, auto size) {
+    std::vector<std::size_t> found(count);
+    std::iota(found.begin(), found.end(), std::size_t{0});
+    std::stable_sort(found.begin(), found.end(),
+                     [&](std::size_t a, std::size_t b) { return size(a) > size(b); });
+    return found;
+  };
+  const auto planned =
+      by_size(plan.capacity.size(), [&](auto slot) { return plan.capacity[slot]; });
+  const auto here = by_size(slots_.size(), [&](auto slot) { return slots_[slot].bytes; });
+  std::vector<std::size_t> slot_here(plan.capacity.size());
+  for (std::size_t at = 0; at < planned.size(); ++at) {
+    if (plan.capacity[planned[at]] > slots_[here[at]].bytes) return;
+    slot_here[planned[at]] = here[at];
+  }
+  for (std::size_t index = 0; index < blocks_.size(); ++index) {
+    if (!needs[index]) continue;
+    const auto slot = static_cast<std::size_t>(plan.slot_of[index]);
+    blocks_[index].slot = static_cast<std::int64_t>(slot_here[slot]);
+  }
+}
+
 void Engine::find_ring(const std::vector<std::int64_t>& order) {
   std::vector<bool> seen(blocks_.size(), false);
   auto append = [&](std::size_t block) {

@@ -10,14 +10,14 @@ namespace vramkit {
 
 void Engine::record(TimelineRecord::Kind kind, const Block& block, std::int64_t thread,
                     std::int64_t begin) {
-  if (options_.timeline == 0) return;
+  if (timeline_most_ == 0) return;
   const TimelineRecord entry{kind, id_of(block), thread, begin, now()};
-  if (timeline_.size() < static_cast<std::size_t>(options_.timeline)) {
+  if (timeline_.size() < timeline_most_) {
     timeline_.push_back(entry);
   } else {
     timeline_[timeline_next_] = entry;
   }
-  timeline_next_ = (timeline_next_ + 1) % static_cast<std::size_t>(options_.timeline);
+  timeline_next_ = (timeline_next_ + 1) % timeline_most_;
 }
 
 std::vector<TimelineRecord> Engine::timeline() const {
@@ -29,6 +29,16 @@ std::vector<TimelineRecord> Engine::timeline() const {
   std::stable_sort(records.begin(), records.end(),
                    [](const auto& a, const auto& b) { return a.begin_ns < b.begin_ns; });
   return records;
+}
+
+void Engine::keep_timeline(std::int64_t records) {
+  if (records < 0) throw InvalidArgument("a timeline keeps 0 records or more");
+  std::vector<TimelineRecord> fresh;
+  fresh.reserve(static_cast<std::size_t>(records));
+  const Lock lock = locked();
+  timeline_.swap(fresh);
+  timeline_most_ = static_cast<std::size_t>(records);
+  timeline_next_ = 0;
 }
 
 EngineStats Engine::stats() const {
@@ -53,6 +63,7 @@ BlockStats Engine::block_stats(std::int64_t block) const {
   BlockStats stats = at(block).stats;
   stats.state = at(block).state;
   stats.resident = at(block).resident;
+  for (const Piece& piece : at(block).pieces) stats.bytes += piece.bytes;
   return stats;
 }
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from .. import _core
+from ..convert import Progress
 from ..errors import BudgetError
 from ..estimator import weight_bytes
 from ..first_run import by_name
@@ -35,6 +36,7 @@ class Settings:
     pressure: bool | Callable[[PressureEvent], None] = True
     slots: int = SLOTS
     on_host: Collection[str] = ()
+    progress: bool | Progress = False
 
 
 def enable_vram_management(
@@ -46,6 +48,7 @@ def enable_vram_management(
     folder: str | os.PathLike[str] | None = None,
     pressure: bool | Callable[[PressureEvent], None] = True,
     skip: Collection[str] = (),
+    progress: bool | Progress = False,
 ) -> Any:
     """Keep at most `vram_limit` of the model's weights in memory; the rest is read when needed.
 
@@ -62,6 +65,8 @@ def enable_vram_management(
         pressure: Whether blocks that stay in memory are given up when it runs short, for other
             processes or for a call of this model, and taken back later; a function is told of it.
         skip: Components of a pipeline that stay in memory whole.
+        progress: True for a progress bar of the writing, or a function of (bytes done, bytes in
+            all, module).
 
     The weights are written to one file, which goes with the session, and read from it block by
     block, ahead of need, past the page cache where the file is not in it. The limit bounds weights:
@@ -76,7 +81,7 @@ def enable_vram_management(
         raise ValueError("this model is offloaded already; model.vramkit_session.disable() first")
     limit = _available() if vram_limit is None else parse_size(vram_limit)
     where = os.fspath(folder) if folder is not None else str(cache_folder() / "blocks")
-    settings = Settings(limit, parse_size(vram_buffer), where, pressure)
+    settings = Settings(limit, parse_size(vram_buffer), where, pressure, progress=progress)
     single = isinstance(model, nn.Module) and type(model).forward is not nn.Module.forward
     if not single:
         enable_pipeline(model, components_of(model), settings, inputs, skip)
@@ -211,7 +216,9 @@ def start(
         )
     moved = sum(block.nbytes for block in division.blocks)
     fixed = weight_bytes(model) - moved if turns is None else turns.fixed_bytes
-    store = BlockStore(model, division.blocks, settings.folder, on_host=settings.on_host)
+    store = BlockStore(
+        model, division.blocks, settings.folder, settings.progress, on_host=settings.on_host
+    )
 
     def make_engine(room: int) -> _core.Engine:
         files, specs = store.plan(division.blocks)

@@ -21,6 +21,7 @@ from ..errors import VramkitError
 from ..sizes import parse_size
 from .blocks import Division
 from .pressure import Pressure, PressureEvent
+from .report import Seen
 from .store import BlockStore, Place
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class _Guest:
         self.versions = [place.parameter._version for place in self.places]
 
 
-class OffloadSession:
+class OffloadSession(Seen):
     """What `enable_vram_management` sets up for a model.
 
     One thread at a time is inside a block.
@@ -101,6 +102,7 @@ class OffloadSession:
         self.room = max(0, limit - buffer_bytes - fixed_bytes)
         self.pressure_events: list[PressureEvent] = []
         self.pressure: Pressure | None = Pressure(self)
+        self._inside: list[int] = []  # blocks that are being called, before they are and after
         self._start_engine()
         for index, block in enumerate(division.blocks):
             for entry in block.entries:
@@ -113,15 +115,27 @@ class OffloadSession:
     def __reduce__(self) -> Any:
         return type(None), ()
 
+    def _offloaded(self) -> nn.Module | None:
+        return self._model() if self._wrapped else None
+
     def _start_engine(self) -> None:
-        self.engine = self._make_engine(self.room)
-        self._arena = torch.frombuffer(self.engine.view(), dtype=torch.uint8)
+        self._made_for: int | None = None  # until all of it is there
         for guest in self._guests:
             guest.slots = {}
+        state = self.store.state
+        self.engine = self._make_engine(self.room)
+        if self._records:
+            self.record(self._records)
+        with torch.inference_mode(False):
+            self._arena = torch.frombuffer(self.engine.view(), dtype=torch.uint8)
+        self._made_for = state
 
     def _wrap(self, module: nn.Module, entry: str, index: int) -> None:
         def around(inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+            outermost = not self._lock._is_owned()  # type: ignore[attr-defined]
             with self._lock:
+                if outermost and self._inside:
+                    self._tidy()
                 self._enter(index)
                 try:
                     with self._saved_tensors():
@@ -142,6 +156,7 @@ class OffloadSession:
 
     def _enter(self, index: int) -> None:
         guest = self._guests[index]
+        self._inside.append(index)
         guest.inside += 1
         if guest.inside > 1:
             return
@@ -154,12 +169,14 @@ class OffloadSession:
             address = self.engine.acquire(index)
         except BaseException:
             guest.inside -= 1
-            raise
+            self._give_back(index)  # a signal may come between a lease and its address
+            raise  # and stays in `_inside`: the next call tidies up
         views = guest.slots.get(address)
         if views is None:
             start = address - self.engine.base
-            run = self._arena[start : start + self.store.sizes[index]]
-            views = guest.slots[address] = [place.view(run) for place in guest.places]
+            with torch.inference_mode(False):  # else autograd refuses them for good
+                run = self._arena[start : start + self.store.sizes[index]]
+                views = guest.slots[address] = [place.view(run) for place in guest.places]
         for place, view in zip(guest.places, views, strict=True):
             place.parameter.data = view
 
@@ -167,12 +184,33 @@ class OffloadSession:
         guest = self._guests[index]
         guest.inside -= 1
         if guest.inside:
+            self._inside.pop()
             return
         for place, view, version in zip(guest.places, guest.views, guest.versions, strict=True):
             if place.parameter._version != version:  # changed in the slot: the store learns of it
                 view.copy_(place.parameter.data)
             place.parameter.data = view
         self.engine.release(index)
+        self._inside.pop()
+
+    def _tidy(self) -> None:
+        """A signal broke the last call off between two steps of entering or leaving a block."""
+        for index in set(self._inside):
+            guest = self._guests[index]
+            guest.inside = 0
+            for place, view in zip(guest.places, guest.views, strict=True):
+                lies = place.parameter.data_ptr() - self.engine.base
+                if 0 <= lies < self.engine.reserved:
+                    place.parameter.data = view
+            self._give_back(index)
+        if self.engine.closed or self._made_for != self.store.state:
+            self.engine.close()
+            self._start_engine()
+        self._inside.clear()
+
+    def _give_back(self, index: int) -> None:
+        if self.engine.block_stats(index).state == _core.BlockStatus.in_use:
+            self.engine.release(index)
 
     def _look_for_changes(self, index: int) -> None:
         """Parameters that were changed since the block was last called go to the store's file."""
@@ -188,10 +226,13 @@ class OffloadSession:
                 )
             changed |= parameter._version != version or parameter.data_ptr() != view.data_ptr()
         if changed:
-            self.store.rewrite(index)
-            guest.home(self.store.views[index])
-            self.engine.close()
-            self._start_engine()
+            self.store.check()
+            try:
+                self.store.rewrite(index)
+                guest.home(self.store.views[index])
+            finally:
+                self.engine.close()
+                self._start_engine()
 
     def _saved_tensors(self) -> Any:
         """Where gradients are on: what autograd keeps of a slot is kept as a view of the store."""
@@ -249,13 +290,6 @@ class OffloadSession:
         """What the model's weights take now: what stays, residents and slots."""
         return self.fixed_bytes + self.engine.stats().committed
 
-    def stats(self) -> _core.EngineStats:
-        """Bytes, counts and times since the model was offloaded, or last changed from outside.
-
-        `limit` is what the blocks may take: the user's, less the buffer and `fixed_bytes`.
-        """
-        return self.engine.stats()
-
     def resize(self, vram_limit: int | float | str) -> None:
         """Another limit: blocks leave memory, or stay there when they are next read.
 
@@ -274,11 +308,16 @@ class OffloadSession:
             )
 
     def disable(self) -> None:
-        """The model as it was before: plain forwards, and parameters of its own in memory."""
+        """The model as it was before: plain forwards, and parameters of its own in memory.
+
+        Raises FileChangedError, with nothing changed, if somebody else wrote to the blocks' file.
+        """
         self._alone("disable")
         with self._lock:
+            self.store.check()
+            self._tidy()
             for module in self._wrapped:
-                del module.__dict__["forward"]
+                module.__dict__.pop("forward", None)  # gone if a signal broke this off before
             self._wrapped = []
             self.engine.close()
             self.store.release()

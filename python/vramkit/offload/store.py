@@ -112,6 +112,7 @@ class BlockStore:
         views: Of each block's parameters, in the mapping.
         nbytes: Of all blocks, in whole pages.
         folder: Where files are written.
+        state: Another number whenever a block lies elsewhere.
     """
 
     def __init__(
@@ -123,6 +124,8 @@ class BlockStore:
         on_host: Container[str] = (),
     ) -> None:
         self.folder = Path(folder)
+        self.state = 0
+        self._own_path: Path | None = None
         self._model = weakref.ref(model)
         self._found = ModelFiles.of(model)
         parameters = dict(model.named_parameters())
@@ -188,6 +191,9 @@ class BlockStore:
                     plan.own_offset = file.append(_run(plan.fresh, plan.fresh_size))
                     advance(plan.fresh_size, label)
             source = file.source()
+            handle = file.keep()
+        weakref.finalize(self, os.close, handle)
+        self._own_path = Path(f"/proc/self/fd/{handle}")
         for plan in wanted:
             plan.own = source
 
@@ -244,6 +250,13 @@ class BlockStore:
         if files is not None:
             object.__setattr__(model, "vramkit_files", files)
 
+    @property
+    def path(self) -> Path:
+        """A file that blocks are read from: the store's own, if it has one."""
+        if self._own_path is not None:
+            return self._own_path
+        return Path(next(file.name for home in self._homes for file in home.files))
+
     def origins(self) -> list[str]:
         """Where each block is read from: "checkpoint", "converted", "own", or two of them."""
         return [home.kind for home in self._homes]
@@ -267,6 +280,12 @@ class BlockStore:
             specs.append(_spec(block, size, extents))
         return files, specs
 
+    def check(self) -> None:
+        """Raises FileChangedError if somebody wrote to a file that blocks are read from."""
+        for home in self._homes:
+            for file in home.files:
+                file.check()
+
     def point_to_store(self) -> None:
         """Every parameter is a view of the mapping."""
         for places, views in zip(self.places, self.views, strict=True):
@@ -278,6 +297,7 @@ class BlockStore:
 
         Raises OSError where there is no room; nothing has changed then.
         """
+        self.state += 1
         part = self._waiting[block]
         places = self.places[block]
         if part is not None:
@@ -299,8 +319,14 @@ class BlockStore:
         for place, view in zip(self.places[block], self.views[block], strict=True):
             place.parameter.data = view
 
+    @torch.inference_mode(False)
     def release(self) -> None:
-        """Parameters become tensors of their own again, and the store's files go."""
+        """Parameters become tensors of their own again, and the store's files go.
+
+        Raises FileChangedError, with nothing changed: to read a mapping that has no file behind it
+        any more would end the process.
+        """
+        self.check()
         self._move_out(range(len(self.places)))
         self.discard()
         self._register(None)
@@ -421,6 +447,10 @@ class _OwnFile:
         self._end += -(-len(run) // PAGE) * PAGE
         return start
 
+    def keep(self) -> int:
+        """A descriptor of it, by which this process can open it again."""
+        return os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+
     def source(self) -> _core.FileSource:
         self._file.truncate(max(self._end, PAGE))
         self._file.close()
@@ -463,6 +493,7 @@ def _packed(parameters: Sequence[nn.Parameter]) -> tuple[list[Place], int]:
     return places, size
 
 
+@torch.inference_mode(False)  # parameters are ordinary tensors wherever they are made
 def _views(
     memory: _core.FileMapping | _core.HostStore, places: Sequence[Place], start: int = 0
 ) -> list[Tensor]:

@@ -13,13 +13,13 @@ from typing import Any
 
 from torch import nn
 
-from .. import _core
 from ..errors import BudgetError, VramkitError
 from ..first_run import by_name
 from ..model_objects import find_modules
 from ..sizes import format_size, parse_size
 from ..tensor_files import ModelFiles
 from .blocks import Block
+from .report import OffloadReport
 from .session import Lent, OffloadSession
 from .store import BlockStore
 
@@ -225,11 +225,11 @@ class PipelineSession:
     @property
     def device_bytes(self) -> int:
         """What all weights take now: what stays, and whoever has its turn."""
-        committed = sum(stats.committed for stats in self.stats().values())
+        committed = sum(s.engine.stats().committed for s in self.sessions.values())
         return self.turns.fixed_bytes + committed
 
-    def stats(self) -> dict[str, _core.EngineStats]:
-        """Bytes, counts and times by component (or module of one), of those called so far."""
+    def stats(self) -> dict[str, OffloadReport]:
+        """Reports by component (or module of one), of those called so far."""
         return {name: session.stats() for name, session in self.sessions.items()}
 
     def resize(self, vram_limit: int | float | str, vram_buffer: int | float | str = 0) -> None:
