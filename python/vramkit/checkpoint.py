@@ -140,7 +140,7 @@ def load(
         raise ValueError("what is mapped stays as stored: it cannot be converted while loading")
     if offload or (precision is None and vram_limit is None):
         cache_bytes = parse_size(cache_limit)
-        model = _load_as_stored(path, factory, progress, mapped or offload, cache_bytes)
+        model = _load_as_stored(path, factory, progress, mapped, offload, cache_bytes)
         if offload:
             from .offload.manage import enable_vram_management
 
@@ -185,6 +185,7 @@ def _load_as_stored(
     factory: Callable[[], nn.Module] | None,
     progress: bool | Progress,
     mapped: bool,
+    offload: bool,
     cache_bytes: int,
 ) -> nn.Module:
     folder = Path(path)
@@ -203,9 +204,9 @@ def _load_as_stored(
         if manifest is not None and dtype != value.dtype:
             raise CheckpointError(f"{path}: {name!r} has dtype {dtype}, expected {value.dtype}")
     sources = list(dict.fromkeys(places[name] for name, _ in wanted.values()))
-    if mapped:
+    if mapped or offload:
         files = MappedTensors(checkpoint)
-        tensors = files.tensors(sources)
+        tensors = files.tensors(sources, moving=offload)
         object.__setattr__(model, "vramkit_files", ModelFiles(files.mapped, cache_bytes))
     else:
         tensors = read_tensors(checkpoint, sources, progress=progress)
@@ -214,7 +215,7 @@ def _load_as_stored(
     for name, value in wanted.values():
         source = places[name]
         # Two parameters that are not tied may have one tensor in the file; buffers are written to.
-        own = source in used or (mapped and not isinstance(value, nn.Parameter))
+        own = source in used or not isinstance(value, nn.Parameter)
         put(
             name,
             tensors[source].clone() if own else tensors[source],

@@ -231,8 +231,11 @@ class MappedTensors:
             for file in files
         ]
 
-    def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Views of the mappings; copies where an element's address would not be one."""
+    def tensors(self, names: Iterable[str], *, moving: bool = False) -> dict[str, Tensor]:
+        """Views of the mappings; copies where an element's address would not be one.
+
+        `moving`: no copies even there, for tensors that go elsewhere before anything computes.
+        """
         found = {}
         for name in names:
             dtype, info = self.checkpoint.dtype(name), self.checkpoint.info(name)
@@ -242,7 +245,7 @@ class MappedTensors:
                 flat = torch.frombuffer(
                     self.mapped[source].mapping, dtype=torch.uint8, count=nbytes, offset=offset
                 )
-                if offset % dtype.itemsize:
+                if offset % dtype.itemsize and not moving:
                     flat = flat.clone()
                 found[name] = flat.view(dtype).reshape(info.shape)
         return found
