@@ -1,5 +1,5 @@
 """
-vramkit's native core: formats, files, planner, ledger.
+vramkit's native core: formats, files, planner, allocator simulator, ledger, memory, offload engine.
 """
 
 from __future__ import annotations
@@ -7,27 +7,63 @@ import collections.abc
 import os
 import pathlib
 import typing
+import typing_extensions
 
 __all__: list[str] = [
     "Admission",
     "AdmissionAction",
+    "AllocatorBlock",
+    "AllocatorConfig",
+    "AllocatorSegment",
+    "BlockCache",
+    "BlockFile",
+    "BlockLayout",
+    "BlockSpec",
+    "BlockStats",
+    "BlockStatus",
+    "Engine",
+    "EngineStats",
+    "EngineView",
+    "Extent",
+    "FileMapping",
+    "FileSource",
     "Format",
+    "HostPart",
+    "HostPiece",
+    "HostPool",
+    "HostPoolStats",
+    "HostStore",
     "Ledger",
     "LedgerEntry",
     "LedgerState",
+    "MemorySource",
+    "OutOfMemory",
     "PartBytes",
+    "PeakBlock",
     "Placement",
+    "PlacementResult",
     "PlannerResult",
+    "PressureGauge",
+    "ReplayResult",
+    "Residence",
     "SafetensorsFile",
     "SafetensorsWriter",
+    "Source",
     "TensorInfo",
     "active_isa",
+    "advise_large_pages",
     "available_isas",
+    "block_layout",
     "builtin_formats",
     "dynamic_map",
+    "least_device_bytes",
+    "place",
     "plan_choices",
+    "read_runs",
+    "replay",
     "safetensors_bytes",
     "safetensors_dtypes",
+    "source_of",
 ]
 
 class PartBytes:
@@ -208,6 +244,71 @@ class SafetensorsWriter:
     @property
     def path(self) -> pathlib.Path: ...
 
+class PlacementResult:
+    """
+    A format and a place for every layer, and what is proven about it.
+    """
+    def __repr__(self) -> str: ...
+    @property
+    def choices(self) -> list[int]:
+        """
+        index of the choice taken, by group
+        """
+    @property
+    def device_bytes(self) -> list[int]:
+        """
+        by phase: what is reserved, residents, slots
+        """
+    @property
+    def found(self) -> bool:
+        """
+        False: no plan is known; with `optimal`, none exists
+        """
+    @property
+    def host_bytes(self) -> int:
+        """
+        with staging slots
+        """
+    @property
+    def loss(self) -> float: ...
+    @property
+    def lower_bound(self) -> float:
+        """
+        no plan has a smaller objective
+        """
+    @property
+    def nodes(self) -> int:
+        """
+        parts of the problem that were bounded
+        """
+    @property
+    def objective(self) -> float:
+        """
+        the weighted sum; without weights, the loss
+        """
+    @property
+    def optimal(self) -> bool:
+        """
+        whether the search was completed
+        """
+    @property
+    def seconds(self) -> float: ...
+    @property
+    def seconds_lower_bound(self) -> float:
+        """
+        without weights: no plan that loses no more is faster
+        """
+    @property
+    def slot_bytes(self) -> list[int]:
+        """
+        by phase: one slot
+        """
+    @property
+    def states(self) -> int:
+        """
+        partial plans kept
+        """
+
 class PlannerResult:
     """
     The planner's answer: which choice each group takes, and what is proven about it.
@@ -243,6 +344,270 @@ class PlannerResult:
         """
         partial plans kept during the search
         """
+
+class AllocatorConfig:
+    """
+    What an allocator is told before it runs: torch's options, under torch's names, in bytes.
+    """
+    def __init__(
+        self,
+        kind: str = "cuda",
+        *,
+        limit: typing.SupportsInt | typing.SupportsIndex | None = None,
+        device_memory: typing.SupportsInt | typing.SupportsIndex | None = None,
+        max_split_size: typing.SupportsInt | typing.SupportsIndex | None = None,
+        max_non_split_rounding_size: typing.SupportsInt | typing.SupportsIndex = 20971520,
+        large_segment_size: typing.SupportsInt | typing.SupportsIndex = 20971520,
+        garbage_collection_threshold: typing.SupportsFloat | typing.SupportsIndex = 0.0,
+        expandable_segments: bool = False,
+        roundup_power2_divisions: collections.abc.Sequence[
+            typing.SupportsInt | typing.SupportsIndex
+        ] = [],
+    ) -> None:
+        """
+        kind: 'cuda' (the caching allocator) or 'cpu' (no caching).
+        limit: bytes that the process may reserve; device_memory: bytes that the device has; None: no bound.
+        roundup_power2_divisions: one number for all sizes, or 16 for sizes below 2 MiB, 4 MiB, ... 64 GiB
+        and above; each a power of two, or 0.
+        Raises ValueError for what torch refuses too; docs/allocator.md has the rules.
+        """
+    @property
+    def device_memory(self) -> int | None: ...
+    @property
+    def expandable_segments(self) -> bool: ...
+    @property
+    def garbage_collection_threshold(self) -> float: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def large_segment_size(self) -> int: ...
+    @property
+    def limit(self) -> int | None: ...
+    @property
+    def max_non_split_rounding_size(self) -> int: ...
+    @property
+    def max_split_size(self) -> int | None: ...
+    @property
+    def roundup_power2_divisions(self) -> list[int]: ...
+
+class PeakBlock:
+    """
+    A block that was alive when most was allocated.
+    """
+    @property
+    def bytes(self) -> int:
+        """
+        what it occupied, rounding included
+        """
+    @property
+    def event(self) -> int:
+        """
+        index of its allocation
+        """
+    @property
+    def id(self) -> int: ...
+    @property
+    def requested_bytes(self) -> int: ...
+    @property
+    def stream(self) -> int: ...
+    @property
+    def tag(self) -> int: ...
+
+class OutOfMemory:
+    """
+    Where the replay ran out of memory.
+    """
+    @property
+    def allocated_bytes(self) -> int: ...
+    @property
+    def event(self) -> int:
+        """
+        index of the allocation that failed
+        """
+    @property
+    def free_bytes(self) -> int:
+        """
+        what the limit and the device still left
+        """
+    @property
+    def id(self) -> int: ...
+    @property
+    def needed_bytes(self) -> int:
+        """
+        what it would have taken from the device: the segment for it
+        """
+    @property
+    def requested_bytes(self) -> int: ...
+    @property
+    def reserved_bytes(self) -> int: ...
+    @property
+    def stream(self) -> int: ...
+    @property
+    def tag(self) -> int: ...
+
+class AllocatorBlock:
+    """
+    One block of a segment at the end of a replay.
+    """
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def event(self) -> int:
+        """
+        index of its allocation, -1 if free
+        """
+    @property
+    def offset(self) -> int:
+        """
+        as its segment's: in bytes
+        """
+    @property
+    def requested_bytes(self) -> int:
+        """
+        0 if free
+        """
+    @property
+    def state(self) -> str:
+        """
+        'free', 'live', or 'awaiting' another stream
+        """
+
+class AllocatorSegment:
+    """
+    Memory taken from the device, or one mapped run of an expandable segment.
+    """
+    @property
+    def blocks(self) -> list[AllocatorBlock]:
+        """
+        AllocatorBlocks by offset; a new list at each access
+        """
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def expandable(self) -> bool: ...
+    @property
+    def offset(self) -> int:
+        """
+        of the run in its segment, else 0
+        """
+    @property
+    def serial(self) -> int:
+        """
+        segments count up as they are made
+        """
+    @property
+    def small(self) -> bool: ...
+    @property
+    def stream(self) -> int: ...
+
+class ReplayResult:
+    """
+    What a replay came to; sizes are in bytes.
+    """
+    def peak_blocks(
+        self, most: typing.SupportsInt | typing.SupportsIndex | None = None
+    ) -> list[PeakBlock]:
+        """
+        The blocks alive at peak_allocated_event, largest first; at most `most` of them.
+        """
+    def timeline(self, max_points: typing.SupportsInt | typing.SupportsIndex | None = None) -> list:
+        """
+        (event, allocated, reserved) after each event, or of at most `max_points` intervals.
+
+        Of an interval the most that was allocated and the most that was reserved; `event` is the first with
+        that much allocated. An allocation that ran out of memory is the last event.
+        """
+    @property
+    def allocated_at_peak_reserved_bytes(self) -> int: ...
+    @property
+    def allocated_bytes(self) -> int: ...
+    @property
+    def awaiting_bytes(self) -> int:
+        """
+        released, and not yet free because another stream used it
+        """
+    @property
+    def device_allocations(self) -> int:
+        """
+        segments taken from the device, or ranges mapped; on the CPU every allocation
+        """
+    @property
+    def device_frees(self) -> int: ...
+    @property
+    def events(self) -> int:
+        """
+        events replayed: all, unless memory ran out
+        """
+    @property
+    def fragmentation(self) -> float:
+        """
+        1 - allocated_at_peak_reserved_bytes / peak_reserved_bytes; 0 if none
+        """
+    @property
+    def out_of_memory(self) -> OutOfMemory | None: ...
+    @property
+    def peak_allocated_bytes(self) -> int: ...
+    @property
+    def peak_allocated_event(self) -> int | None:
+        """
+        index of the first event after which that much was allocated
+        """
+    @property
+    def peak_reserved_bytes(self) -> int: ...
+    @property
+    def peak_reserved_event(self) -> int | None: ...
+    @property
+    def requested_at_peak_bytes(self) -> int: ...
+    @property
+    def requested_bytes(self) -> int: ...
+    @property
+    def reserved_at_peak_bytes(self) -> int: ...
+    @property
+    def reserved_bytes(self) -> int: ...
+    @property
+    def retries(self) -> int:
+        """
+        allocations tried again after all cached memory was given back
+        """
+    @property
+    def segments(self) -> list[AllocatorSegment]:
+        """
+        AllocatorSegments at the end, in the order of their making; a new list at each access
+        """
+
+class HostPiece:
+    """
+    Memory lent by a HostPool.
+    """
+
+class HostPoolStats:
+    """
+    What a pool holds and has lent, in bytes.
+    """
+    def __repr__(self) -> str: ...
+    @property
+    def held(self) -> int: ...
+    @property
+    def lent(self) -> int: ...
+    @property
+    def peak_used(self) -> int: ...
+    @property
+    def reused(self) -> int: ...
+    @property
+    def segments(self) -> int: ...
+    @property
+    def used(self) -> int: ...
+
+class HostPool:
+    """
+    Touched memory, lent again.
+    """
+    def __init__(self, limit: typing.SupportsInt | typing.SupportsIndex | None = None) -> None: ...
+    def stats(self) -> HostPoolStats: ...
+    def take(self, bytes: typing.SupportsInt | typing.SupportsIndex) -> HostPiece: ...
+    def trim(self) -> int: ...
+    @property
+    def limit(self) -> int | None: ...
 
 class LedgerState:
     """
@@ -473,14 +838,447 @@ class Ledger:
     @property
     def max_resident(self) -> int: ...
 
+class Source:
+    """
+    Where the bytes of blocks come from.
+    """
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def name(self) -> str: ...
+
+class FileSource(Source):
+    def __init__(self, path: str, direct: bool = True) -> None: ...
+    def check(self) -> None:
+        """
+        Raises FileChangedError if the file has changed.
+        """
+    @property
+    def direct(self) -> bool: ...
+
+class MemorySource(Source):
+    def __init__(
+        self,
+        address: typing.SupportsInt | typing.SupportsIndex,
+        bytes: typing.SupportsInt | typing.SupportsIndex,
+        keeper: typing.Any,
+    ) -> None:
+        """
+        `keeper` is the object that the memory belongs to.
+        """
+
+class HostStore:
+    """
+    Memory for blocks, in one piece.
+    """
+    def __init__(
+        self,
+        bytes: typing.SupportsInt | typing.SupportsIndex,
+        granularity: typing.SupportsInt | typing.SupportsIndex = 2097152,
+    ) -> None: ...
+    def source(self) -> MemorySource: ...
+    @property
+    def bytes(self) -> int: ...
+
+class Extent:
+    """
+    A run of bytes that a block takes from a source.
+    """
+    def __init__(
+        self,
+        source: typing.SupportsInt | typing.SupportsIndex,
+        source_offset: typing.SupportsInt | typing.SupportsIndex,
+        block_offset: typing.SupportsInt | typing.SupportsIndex,
+        bytes: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None: ...
+    @property
+    def block_offset(self) -> int: ...
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def source(self) -> int: ...
+    @property
+    def source_offset(self) -> int: ...
+
+class BlockLayout:
+    """
+    Where the ranges of a block lie in it.
+    """
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def direct(self) -> bool: ...
+    @property
+    def extents(self) -> list[Extent]: ...
+    @property
+    def padding(self) -> int: ...
+    @property
+    def places(self) -> list[int]: ...
+
+class Residence:
+    """
+    Members:
+
+      automatic
+
+      resident
+
+      streamed
+    """
+
+    __members__: typing.ClassVar[dict[str, Residence]]
+    automatic: typing.ClassVar[Residence]
+    resident: typing.ClassVar[Residence]
+    streamed: typing.ClassVar[Residence]
+    @typing.overload
+    def __eq__(self, other: Residence) -> bool: ...
+    @typing.overload
+    def __eq__(self, other: typing.Any) -> bool: ...
+    def __getstate__(self) -> int: ...
+    def __hash__(self) -> int: ...
+    def __index__(self) -> int: ...
+    def __init__(self, value: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def __int__(self) -> int: ...
+    @typing.overload
+    def __ne__(self, other: Residence) -> bool: ...
+    @typing.overload
+    def __ne__(self, other: typing.Any) -> bool: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, state: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def __str__(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def value(self) -> int: ...
+
+class BlockSpec:
+    """
+    A block: its bytes, and where they come from.
+    """
+    def __init__(
+        self,
+        name: str,
+        bytes: typing.SupportsInt | typing.SupportsIndex,
+        extents: collections.abc.Sequence[Extent],
+        residence: Residence = ...,
+    ) -> None: ...
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def extents(self) -> list[Extent]: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def residence(self) -> Residence: ...
+
+class BlockStatus:
+    """
+    Members:
+
+      absent
+
+      requested
+
+      copying
+
+      ready
+
+      in_use
+
+      released
+    """
+
+    __members__: typing.ClassVar[dict[str, BlockStatus]]
+    absent: typing.ClassVar[BlockStatus]
+    copying: typing.ClassVar[BlockStatus]
+    in_use: typing.ClassVar[BlockStatus]
+    ready: typing.ClassVar[BlockStatus]
+    released: typing.ClassVar[BlockStatus]
+    requested: typing.ClassVar[BlockStatus]
+    @typing.overload
+    def __eq__(self, other: BlockStatus) -> bool: ...
+    @typing.overload
+    def __eq__(self, other: typing.Any) -> bool: ...
+    def __getstate__(self) -> int: ...
+    def __hash__(self) -> int: ...
+    def __index__(self) -> int: ...
+    def __init__(self, value: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def __int__(self) -> int: ...
+    @typing.overload
+    def __ne__(self, other: BlockStatus) -> bool: ...
+    @typing.overload
+    def __ne__(self, other: typing.Any) -> bool: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, state: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def __str__(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def value(self) -> int: ...
+
+class BlockStats:
+    """
+    What the engine knows of one block.
+    """
+    @property
+    def acquires(self) -> int: ...
+    @property
+    def hits(self) -> int: ...
+    @property
+    def loads(self) -> int: ...
+    @property
+    def resident(self) -> bool: ...
+    @property
+    def state(self) -> BlockStatus: ...
+    @property
+    def wait_ns(self) -> int: ...
+
+class EngineStats:
+    """
+    Bytes, counts and times of an engine.
+    """
+    def __repr__(self) -> str: ...
+    @property
+    def acquires(self) -> int: ...
+    @property
+    def active_ns(self) -> int: ...
+    @property
+    def bytes_by_path(self) -> dict: ...
+    @property
+    def bytes_copied(self) -> int: ...
+    @property
+    def cancelled(self) -> int: ...
+    @property
+    def commits(self) -> int: ...
+    @property
+    def committed(self) -> int: ...
+    @property
+    def copy_ns(self) -> int: ...
+    @property
+    def displaced(self) -> int: ...
+    @property
+    def dropped(self) -> int: ...
+    @property
+    def failed(self) -> int: ...
+    @property
+    def given_up(self) -> int: ...
+    @property
+    def hits(self) -> int: ...
+    @property
+    def limit(self) -> int: ...
+    @property
+    def loads(self) -> int: ...
+    @property
+    def regrown(self) -> int: ...
+    @property
+    def resident_bytes(self) -> int: ...
+    @property
+    def residents(self) -> int: ...
+    @property
+    def slot_bytes(self) -> int: ...
+    @property
+    def slots(self) -> int: ...
+    @property
+    def staging(self) -> int: ...
+    @property
+    def wait_ns(self) -> int: ...
+    @property
+    def waits(self) -> int: ...
+
+class EngineView:
+    """
+    The engine's address range.
+    """
+
+class Engine:
+    """
+    Blocks of bytes that are in memory when they are called; see docs/offload.md. Addresses are valid between acquire and release, in the process that made the engine.
+    """
+    def __init__(
+        self,
+        sources: collections.abc.Sequence[Source],
+        blocks: collections.abc.Sequence[BlockSpec],
+        *,
+        limit: typing.SupportsInt | typing.SupportsIndex,
+        order: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex] = [],
+        depth: typing.SupportsInt | typing.SupportsIndex = 1,
+        slots: typing.SupportsInt | typing.SupportsIndex = 3,
+        threads: typing.SupportsInt | typing.SupportsIndex = 2,
+        piece: typing.SupportsInt | typing.SupportsIndex = 8388608,
+        granularity: typing.SupportsInt | typing.SupportsIndex = 2097152,
+        poison: bool = False,
+        timeline: typing.SupportsInt | typing.SupportsIndex = 0,
+    ) -> None: ...
+    def __len__(self) -> int: ...
+    def acquire(
+        self,
+        block: typing.SupportsInt | typing.SupportsIndex,
+        stream: typing.SupportsInt | typing.SupportsIndex = 0,
+    ) -> int:
+        """
+        Address of the block, until release().
+        """
+    def block_stats(self, block: typing.SupportsInt | typing.SupportsIndex) -> BlockStats: ...
+    def check(self) -> None:
+        """
+        Raises an error that names the first broken invariant.
+        """
+    def close(self) -> None: ...
+    def give_up(self, bytes: typing.SupportsInt | typing.SupportsIndex) -> int: ...
+    def invalidate(self, block: typing.SupportsInt | typing.SupportsIndex) -> None:
+        """
+        The block's source has changed: it is loaded again when called.
+        """
+    def prefetch(self, block: typing.SupportsInt | typing.SupportsIndex) -> bool: ...
+    def release(
+        self,
+        block: typing.SupportsInt | typing.SupportsIndex,
+        stream: typing.SupportsInt | typing.SupportsIndex = 0,
+    ) -> None: ...
+    def resize(self, limit: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def slot_of(self, block: typing.SupportsInt | typing.SupportsIndex) -> int: ...
+    def stats(self) -> EngineStats: ...
+    def timeline(self) -> list:
+        """
+        The latest (kind, block, thread, begin_ns, end_ns), kinds copy, wait and use.
+        """
+    def view(self) -> EngineView:
+        """
+        All addresses as one buffer, which keeps the engine alive. Only what is acquired may be read.
+        """
+    @property
+    def base(self) -> int: ...
+    @property
+    def closed(self) -> bool: ...
+    @property
+    def minimum(self) -> int: ...
+    @property
+    def reserved(self) -> int: ...
+
+class BlockFile:
+    """
+    A file of a BlockCache, which stays there for as long as this does.
+    """
+    @property
+    def built(self) -> bool: ...
+    @property
+    def offsets(self) -> list[int]: ...
+    @property
+    def path(self) -> str: ...
+
+class BlockCache:
+    """
+    Converted block files in a folder of bounded size.
+    """
+    def __init__(
+        self, folder: str, most_bytes: typing.SupportsInt | typing.SupportsIndex
+    ) -> None: ...
+    def open(
+        self, files: collections.abc.Sequence[Source], blocks: collections.abc.Sequence[BlockSpec]
+    ) -> BlockFile:
+        """
+        The file with these blocks of these FileSources, built if it is not there.
+        """
+    def trim(self, most: typing.SupportsInt | typing.SupportsIndex) -> int: ...
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def folder(self) -> str: ...
+
+class PressureGauge:
+    """
+    When to give memory up and take it back.
+    """
+    def __init__(
+        self,
+        low: typing.SupportsInt | typing.SupportsIndex,
+        high: typing.SupportsInt | typing.SupportsIndex,
+        patience: typing.SupportsInt | typing.SupportsIndex = 3,
+    ) -> None: ...
+    def observe(self, free: typing.SupportsInt | typing.SupportsIndex) -> int:
+        """
+        Bytes to change by: negative, give up so many; positive, up to so many may be taken.
+        """
+
+class HostPart:
+    """
+    A part of a HostStore; its memory goes back to the system with it.
+    """
+    def __init__(
+        self,
+        store: HostStore,
+        offset: typing.SupportsInt | typing.SupportsIndex,
+        bytes: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None: ...
+    @property
+    def bytes(self) -> int: ...
+
+class FileMapping:
+    """
+    A block as memory: extents of files, mapped at their places in it.
+
+    The mapping is private: what is written to it never reaches the files. What no extent covers must
+    not be touched. Raises ValueError for extents that do not lie in the block as pages lie in their
+    file, MemoryError where the system has no addresses left.
+    """
+    def __init__(
+        self,
+        files: collections.abc.Sequence[FileSource],
+        extents: collections.abc.Sequence[Extent],
+        bytes: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None: ...
+    def changed(
+        self,
+        begin: typing.SupportsInt | typing.SupportsIndex,
+        bytes: typing.SupportsInt | typing.SupportsIndex,
+    ) -> bool:
+        """
+        Whether a page of these bytes of the block was written to.
+        """
+    def find(
+        self,
+        address: typing.SupportsInt | typing.SupportsIndex,
+        bytes: typing.SupportsInt | typing.SupportsIndex,
+    ) -> Extent | None:
+        """
+        The Extent of these bytes of memory: of which file, where there, and where in the block. None if they are no part of one extent.
+        """
+    @property
+    def address(self) -> int: ...
+    @property
+    def bytes(self) -> int: ...
+
 def active_isa() -> str:
     """
     Name of the instruction-set unit in use; VRAMKIT_ISA forces one.
     """
 
+def advise_large_pages(
+    start: typing.SupportsInt | typing.SupportsIndex,
+    bytes: typing.SupportsInt | typing.SupportsIndex,
+) -> None:
+    """
+    Ask that fresh memory be backed by large pages where it covers them.
+    """
+
 def available_isas() -> list[str]:
     """
     Names of the units that this processor can run, best last.
+    """
+
+def block_layout(
+    ranges: collections.abc.Sequence[
+        tuple[
+            typing.SupportsInt | typing.SupportsIndex,
+            typing.SupportsInt | typing.SupportsIndex,
+            typing.SupportsInt | typing.SupportsIndex,
+            typing.SupportsInt | typing.SupportsIndex,
+        ]
+    ],
+    packed: bool = False,
+) -> BlockLayout:
+    """
+    Lay out (source, offset, bytes, alignment) ranges as one block: such that files can be read straight into it, or packed.
     """
 
 def builtin_formats() -> list:
@@ -491,6 +1289,84 @@ def builtin_formats() -> list:
 def dynamic_map() -> list[float]:
     """
     The 256 values that 8-bit nested scales take.
+    """
+
+def least_device_bytes(
+    phases: collections.abc.Sequence[
+        tuple[
+            typing.SupportsInt | typing.SupportsIndex, typing.SupportsFloat | typing.SupportsIndex
+        ]
+    ],
+    groups: collections.abc.Sequence[
+        tuple[
+            typing.SupportsInt | typing.SupportsIndex,
+            collections.abc.Sequence[
+                tuple[
+                    typing.SupportsInt | typing.SupportsIndex,
+                    typing.SupportsInt | typing.SupportsIndex,
+                    typing.SupportsInt | typing.SupportsIndex,
+                    bool,
+                    typing.SupportsFloat | typing.SupportsIndex,
+                    typing.SupportsFloat | typing.SupportsIndex,
+                    typing.SupportsFloat | typing.SupportsIndex,
+                    typing.SupportsFloat | typing.SupportsIndex,
+                    typing.SupportsFloat | typing.SupportsIndex,
+                ]
+            ],
+        ]
+    ],
+    *,
+    slots: typing.SupportsInt | typing.SupportsIndex = 2,
+) -> list[tuple[int, int]]:
+    """
+    By phase (bytes, slot): the least device bytes that hold it, and the size of its slots.
+    """
+
+def place(
+    phases: collections.abc.Sequence[
+        tuple[
+            typing.SupportsInt | typing.SupportsIndex, typing.SupportsFloat | typing.SupportsIndex
+        ]
+    ],
+    groups: collections.abc.Sequence[
+        tuple[
+            typing.SupportsInt | typing.SupportsIndex,
+            collections.abc.Sequence[
+                tuple[
+                    typing.SupportsInt | typing.SupportsIndex,
+                    typing.SupportsInt | typing.SupportsIndex,
+                    typing.SupportsInt | typing.SupportsIndex,
+                    bool,
+                    typing.SupportsFloat | typing.SupportsIndex,
+                    typing.SupportsFloat | typing.SupportsIndex,
+                    typing.SupportsFloat | typing.SupportsIndex,
+                    typing.SupportsFloat | typing.SupportsIndex,
+                    typing.SupportsFloat | typing.SupportsIndex,
+                ]
+            ],
+        ]
+    ],
+    device_limit: typing.SupportsInt | typing.SupportsIndex,
+    *,
+    host_limit: typing.SupportsInt | typing.SupportsIndex | None = None,
+    slots: typing.SupportsInt | typing.SupportsIndex = 2,
+    loss_limit: typing.SupportsFloat | typing.SupportsIndex | None = None,
+    weights: tuple[
+        typing.SupportsFloat | typing.SupportsIndex, typing.SupportsFloat | typing.SupportsIndex
+    ]
+    | None = None,
+    state_limit: typing.SupportsInt | typing.SupportsIndex = 400000,
+    node_limit: typing.SupportsInt | typing.SupportsIndex = 96,
+) -> PlacementResult:
+    """
+    Takes one choice per group within the limits: the least loss, then the least seconds.
+
+    phases: (reserved device bytes, seconds of arithmetic that is no layer's) for each, taking turns.
+    groups: (phase, choices) for each layer; a choice is (resident bytes, bytes a slot must hold, host
+    bytes, whether it is staged from disk, loss, seconds of arithmetic, of the link, of the disk, and
+    of its turn). A phase takes the longest of its arithmetic, link and disk, plus its turn.
+    weights: (a, b) minimizes a * loss + b * seconds instead. No limit is None. state_limit and
+    node_limit bound the search by counts. Raises ValueError for malformed input.
     """
 
 def plan_choices(
@@ -516,6 +1392,45 @@ def plan_choices(
     Raises BudgetError if even the smallest choices do not fit, ValueError for malformed input.
     """
 
+def read_runs(
+    files: collections.abc.Sequence[FileSource],
+    runs: collections.abc.Sequence[
+        tuple[
+            typing.SupportsInt | typing.SupportsIndex,
+            typing.SupportsInt | typing.SupportsIndex,
+            typing.SupportsInt | typing.SupportsIndex,
+            typing.SupportsInt | typing.SupportsIndex,
+        ]
+    ],
+    *,
+    whole_units: bool = False,
+    threads: typing.SupportsInt | typing.SupportsIndex = 2,
+    piece: typing.SupportsInt | typing.SupportsIndex = 8388608,
+    progress: typing.Any = None,
+) -> dict:
+    """
+    Read (file, offset, bytes, address) runs into memory, several pieces at once.
+
+    `whole_units`: all of each unit of 4096 bytes that a run touches in memory may be written.
+    `progress` is called with the bytes that have come since it was last called. Returns bytes by the
+    way that they were read. The addresses must stay valid; after an error their content is unspecified.
+
+    Raises ValueError for runs that a file does not have, OSError if the system cannot read,
+    FileChangedError if a file has changed since it was opened, MemoryError, what a signal's handler
+    raised, and what `progress` raises.
+    """
+
+def replay(events: typing_extensions.Buffer, config: AllocatorConfig) -> ReplayResult:
+    """
+    Replays allocations and releases through a model of torch's allocator.
+
+    events: a C-contiguous int64 buffer [n, 4], or flat, of (block id, bytes, stream, tag); bytes >= 0
+    allocates, -1 releases, -2: the block is used by `stream` too, -3: those uses of the released block
+    are over, -4 empties the cache. Nothing of it is kept.
+    Raises EventError (a ValueError with the event's index) for events that cannot be, ValueError for
+    another shape, TypeError for another dtype.
+    """
+
 def safetensors_bytes(
     dtype: str, shape: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]
 ) -> int:
@@ -526,4 +1441,11 @@ def safetensors_bytes(
 def safetensors_dtypes() -> dict:
     """
     Bits of an element by the format's dtype name.
+    """
+
+def source_of(file: SafetensorsFile, direct: bool = True) -> FileSource:
+    """
+    The file as a FileSource.
+
+    Raises FileChangedError if its name means another file by now, or it was written to.
     """

@@ -19,8 +19,8 @@ from . import _core
 from .convert import Progress, progress_bar
 from .shards import Checkpoint
 
-# More threads than two gain little on one disk, and nothing where memory is the limit.
-THREADS = 2
+# More than two, so that the disk has work while others of them touch fresh memory.
+THREADS = 4
 LARGE_PAGE = 2 << 20
 # Below this, memory comes in small pages: large ones would be more than the tensors.
 SMALL = 64 << 20
