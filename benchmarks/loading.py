@@ -3,8 +3,8 @@
 Files of 1.6 GB in several shapes: few large tensors, thousands of small ones, a converted model,
 and one whose elements lie at odd addresses (as unpadded headers leave them). Beside them stand a
 copy from memory to memory on as many threads as there are processors, direct reads of the same file
-in a plain loop, and what it takes to touch so much fresh memory. "Touched" is what reads one byte of each page, so that a mapped file is
-really there. Peak memory is that of a process of its own.
+in a plain loop, and what it takes to touch so much fresh memory. "Touched" is what reads one byte
+of each page, so that a mapped file is really there. Peak memory is that of a process of its own.
 """
 
 from __future__ import annotations
