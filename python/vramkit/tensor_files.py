@@ -236,16 +236,16 @@ class MappedTensors:
 
         `moving`: no copies even there, for tensors that go elsewhere before anything computes.
         """
-        found = {}
+        found, askew = {}, []
         for name in names:
             dtype, info = self.checkpoint.dtype(name), self.checkpoint.info(name)
             found[name] = torch.empty(info.shape, dtype=dtype)
-            if info.nbytes:
-                source, offset, nbytes = self.checkpoint.place(name)
+            source, offset, nbytes = self.checkpoint.place(name)
+            if offset % dtype.itemsize and not moving:
+                askew.append(name)
+            elif nbytes:
                 flat = torch.frombuffer(
                     self.mapped[source].mapping, dtype=torch.uint8, count=nbytes, offset=offset
                 )
-                if offset % dtype.itemsize and not moving:
-                    flat = flat.clone()
                 found[name] = flat.view(dtype).reshape(info.shape)
-        return found
+        return found | read_tensors(self.checkpoint, askew)

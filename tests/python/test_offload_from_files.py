@@ -147,10 +147,10 @@ def test_offloaded_from_where_it_is(
         for _ in range(2):
             assert torch.equal(loaded(x), model(x))
     session = loaded.vramkit_session
-    kind = "checkpoint" if how in ("ours", "theirs") else "converted"
+    kind = "in place" if how in ("ours", "theirs") else "gathered"
     assert set(session.store.origins()) == {kind}
     assert [p.suffix for p in cache.rglob("*.blocks")] == []
-    assert len(list(cache.rglob("blocks.safetensors"))) == (kind == "converted")
+    assert len(list(cache.rglob("blocks.safetensors"))) == (kind == "gathered")
     assert_same_model(loaded, model)
     stats = session.stats()
     assert stats.committed <= stats.limit
@@ -230,8 +230,8 @@ def test_what_was_changed_before_the_first_call(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(loaded(x), model(x))
     origins = loaded.vramkit_session.store.origins()
-    assert "checkpoint" in origins
-    assert "checkpoint and own" in origins
+    assert "in place" in origins
+    assert "in place and own" in origins
     assert_same_model(loaded, model)
     # Offloaded again without reading or writing what is already in files.
     store = loaded.vramkit_session.store
@@ -275,6 +275,7 @@ def test_a_limit_that_is_too_small_leaves_a_mapped_model(tmp_path: Path) -> None
         assert_same_model(loaded, model)
         files = ModelFiles.of(loaded)
         assert files.holds(loaded.layers[4][0].weight)  # still not in memory
+        assert files.find(loaded.layers[0][0].weight) is None
         assert list((tmp_path / "c").iterdir()) == []
     vramkit.enable_vram_management(loaded, LIMIT, 0, inputs=(x,), folder=tmp_path / "c")
     with torch.no_grad():
@@ -401,7 +402,7 @@ def test_the_whole_model_is_never_in_memory(
         up, bias, down, last = (tensors[f"{layer}.{k}"] for k in PARTS)
         x = nn.functional.linear(torch.relu(nn.functional.linear(x, up, bias)), down, last)
     assert found["sum"] == x.double().sum().item()
-    assert found["origins"] == (["converted"] if scattered else ["checkpoint"])
+    assert found["origins"] == (["gathered"] if scattered else ["in place"])
     assert found["bytes"] > 5 * limit
     assert found["copied"] > 5 * limit
     assert found["above"] < limit + 30 * 10**6
