@@ -22,6 +22,7 @@ SUITES = {
     "plan": "the planner: 1,000 layers x 12 formats x 3 places, against HiGHS, greedy and random",
     "estimate": "predicted against measured peaks on a frozen zoo, beside the peers",
     "offload": "offloaded models against copies, direct reads, the arithmetic and accelerate",
+    "loading": "checkpoints warm and cold, against safetensors, copies and direct reads",
     "interop": "bitsandbytes' operators on our kernels and on its own; memory of a QLoRA step",
 }
 
@@ -37,7 +38,7 @@ def main() -> int:
             sub.add_argument("--size", type=int, default=4096)
         if name in ("cpu", "int8"):
             sub.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64, 512])
-        if name in ("cpu", "conversion", "int8", "conv", "interop", "offload"):
+        if name in ("cpu", "conversion", "int8", "conv", "interop", "offload", "loading"):
             sub.add_argument("--threads", type=int, default=2)
         if name in ("sensitivity", "frontier"):
             sub.add_argument("--models", nargs="+", metavar="MODEL", help="only these")
@@ -48,11 +49,12 @@ def main() -> int:
         if name == "offload":
             sub.add_argument("--rows", type=int, default=64)
             sub.add_argument("--many-rows", type=int, default=512, help="bound by arithmetic")
-            sub.add_argument("--repeats", type=int, default=7)
             sub.add_argument("--cold-repeats", type=int, default=4)
             sub.add_argument("--layers", type=int, default=24)
             sub.add_argument("--alone", action="store_true", help="without accelerate")
             sub.add_argument("--larger", action="store_true", help="only a model 4 times larger")
+        if name in ("offload", "loading"):
+            sub.add_argument("--repeats", type=int, default=7 if name == "offload" else 5)
             sub.add_argument(
                 "--folder", help="on the disk to be measured; default: temporary files'"
             )

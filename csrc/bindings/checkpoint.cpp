@@ -14,7 +14,6 @@
 #include <vector>
 
 #include "bindings/bindings.hpp"
-#include "core/engine/source.hpp"
 #include "core/safetensors.hpp"
 #include "core/safetensors_writer.hpp"
 
@@ -96,16 +95,6 @@ from that byte of the tensor on. `drop_cache` lets the system forget the pages t
 
 Raises CheckpointError if the tensor is not there or the file became shorter after it was opened,
 ValueError if the sizes do not fit, OSError if the system cannot read.)")
-      .def(
-          "source",
-          [](const SafetensorsFile& f, bool direct) {
-            const py::gil_scoped_release unlocked;
-            return source_of(f, direct ? DirectReads::automatic : DirectReads::off);
-          },
-          py::arg("direct") = true,
-          R"(The file as a FileSource.
-
-Raises FileChangedError if its name means another file by now, or it was written to.)")
       .def("__contains__",
            [](const SafetensorsFile& f, const std::string& name) { return f.contains(name); })
       .def("__len__", [](const SafetensorsFile& f) { return f.tensors().size(); })

@@ -118,6 +118,16 @@ file, MemoryError where the system has no addresses left.)")
       .def("changed", &FileMapping::changed, py::arg("begin"), py::arg("bytes"),
            py::call_guard<py::gil_scoped_release>(),
            "Whether a page of these bytes of the block was written to.");
+  m.def(
+      "source_of",
+      [](const SafetensorsFile& file, bool direct) {
+        const py::gil_scoped_release unlocked;
+        return source_of(file, direct ? DirectReads::automatic : DirectReads::off);
+      },
+      py::arg("file"), py::arg("direct") = true,
+      R"(The file as a FileSource.
+
+Raises FileChangedError if its name means another file by now, or it was written to.)");
   m.def("read_runs", &read_all, py::arg("files"), py::arg("runs"), py::kw_only(),
         py::arg("whole_units") = false, py::arg("threads") = 2,
         py::arg("piece") = std::int64_t{8} << 20, py::arg("progress") = py::none(),

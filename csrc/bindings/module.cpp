@@ -97,13 +97,13 @@ PYBIND11_MODULE(_core, m) {
       "vramkit's native core: formats, files, planner, allocator simulator, ledger, "
       "memory, offload engine.";
   vramkit::bindings::bind_formats(m);
+  vramkit::bindings::bind_checkpoint(m);
   vramkit::bindings::bind_placement(m);
   vramkit::bindings::bind_planner(m);
   vramkit::bindings::bind_allocator(m);
   vramkit::bindings::bind_host_pool(m);
   vramkit::bindings::bind_ledger(m);
   vramkit::bindings::bind_engine(m);
-  vramkit::bindings::bind_checkpoint(m);
   vramkit::bindings::bind_loading(m);
   py::register_local_exception_translator(&vramkit::bindings::translate);
 }

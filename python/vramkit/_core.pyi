@@ -63,6 +63,7 @@ __all__: list[str] = [
     "replay",
     "safetensors_bytes",
     "safetensors_dtypes",
+    "source_of",
 ]
 
 class PartBytes:
@@ -101,6 +102,147 @@ class Format:
     def spec(self) -> list[int]: ...
     @property
     def table(self) -> list[float]: ...
+
+class TensorInfo:
+    """
+    One tensor of a safetensors file: name, dtype (the format's own name), shape, nbytes, and begin and end as byte offsets in the file.
+    """
+    def __repr__(self) -> str: ...
+    @property
+    def begin(self) -> int: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def end(self) -> int: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def shape(self) -> list[int]: ...
+
+class SafetensorsFile:
+    """
+    An open safetensors file whose header has been checked.
+
+    The header is refused unless it has exactly one meaning: names and fields once each, known dtypes,
+    sizes that match, and tensors that fill the file without gap or overlap. Immutable; several threads
+    may read at once.
+
+    Raises CheckpointError for a file that is not sound (the text names the file and the tensor) and
+    OSError if it cannot be opened or read.
+    """
+    def __contains__(self, arg0: str) -> bool: ...
+    def __init__(self, path: os.PathLike | str | bytes) -> None: ...
+    def __len__(self) -> int: ...
+    def __repr__(self) -> str: ...
+    def info(self, name: str) -> TensorInfo:
+        """
+        TensorInfo of one tensor. Raises CheckpointError if it is not there.
+        """
+    def metadata(self) -> dict[str, str]:
+        """
+        The header's __metadata__ as dict[str, str].
+        """
+    def names(self) -> list[str]:
+        """
+        Names of the tensors, in the order of their bytes.
+        """
+    def read_into(
+        self,
+        name: str,
+        ptr: typing.SupportsInt | typing.SupportsIndex,
+        nbytes: typing.SupportsInt | typing.SupportsIndex,
+        *,
+        offset: typing.SupportsInt | typing.SupportsIndex | None = None,
+        drop_cache: bool = False,
+    ) -> None:
+        """
+        Read a tensor's bytes to the address `ptr`, which must have room for `nbytes`.
+
+        Without `offset` the whole tensor is read and `nbytes` must be its size; with it, `nbytes` bytes
+        from that byte of the tensor on. `drop_cache` lets the system forget the pages that were read.
+
+        Raises CheckpointError if the tensor is not there or the file became shorter after it was opened,
+        ValueError if the sizes do not fit, OSError if the system cannot read.
+        """
+    def tensors(self) -> list[TensorInfo]:
+        """
+        TensorInfo of every tensor, in the order of their bytes.
+        """
+    @property
+    def file_bytes(self) -> int:
+        """
+        Size of the file in bytes.
+        """
+    @property
+    def path(self) -> pathlib.Path: ...
+
+class SafetensorsWriter:
+    """
+    Writes a safetensors file tensor by tensor, or part by part.
+
+    `tensors` lists (name, dtype, shape) in the order that they get in the file; dtype is the format's
+    own name, such as "BF16". Disk space is reserved at once. Tensors may then be written in any order;
+    `commit()` puts the finished file in its place. Until then a file of that name stays as it was, and
+    leaving the writer (as a context manager, or by dropping it) without `commit()` leaves nothing
+    behind. Several threads may write at once.
+
+    Raises ValueError for names, dtypes or sizes that cannot be stored, and OSError, with the bytes
+    needed, where the system refuses.
+    """
+    def __enter__(self) -> typing.Any: ...
+    def __exit__(self, *args) -> None: ...
+    def __init__(
+        self,
+        path: os.PathLike | str | bytes,
+        tensors: collections.abc.Sequence[
+            tuple[str, str, collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]]
+        ],
+        metadata: collections.abc.Mapping[str, str] | None = None,
+    ) -> None: ...
+    def __repr__(self) -> str: ...
+    def commit(self) -> None:
+        """
+        Flush the file to the disk and rename it to its place.
+
+        Raises ValueError naming a tensor that is not complete, OSError if the system refuses.
+        """
+    def discard(self) -> None:
+        """
+        Give up and remove the unfinished file. Does nothing after commit().
+        """
+    def info(self, name: str) -> TensorInfo:
+        """
+        TensorInfo of one tensor. Raises ValueError if it was not declared.
+        """
+    def tensors(self) -> list[TensorInfo]:
+        """
+        TensorInfo of every tensor, in the order of their bytes.
+        """
+    def write(
+        self,
+        name: str,
+        ptr: typing.SupportsInt | typing.SupportsIndex,
+        nbytes: typing.SupportsInt | typing.SupportsIndex,
+        *,
+        offset: typing.SupportsInt | typing.SupportsIndex = 0,
+    ) -> None:
+        """
+        Write `nbytes` bytes from the address `ptr` to the tensor, from byte `offset` of it on.
+
+        Raises ValueError if they do not lie within the tensor or were written before, OSError if the
+        system refuses; the unfinished file is then gone and the writer takes no more.
+        """
+    @property
+    def committed(self) -> bool: ...
+    @property
+    def file_bytes(self) -> int:
+        """
+        Size of the finished file in bytes.
+        """
+    @property
+    def path(self) -> pathlib.Path: ...
 
 class PlacementResult:
     """
@@ -1068,153 +1210,6 @@ class PressureGauge:
         Bytes to change by: negative, give up so many; positive, up to so many may be taken.
         """
 
-class TensorInfo:
-    """
-    One tensor of a safetensors file: name, dtype (the format's own name), shape, nbytes, and begin and end as byte offsets in the file.
-    """
-    def __repr__(self) -> str: ...
-    @property
-    def begin(self) -> int: ...
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def end(self) -> int: ...
-    @property
-    def name(self) -> str: ...
-    @property
-    def nbytes(self) -> int: ...
-    @property
-    def shape(self) -> list[int]: ...
-
-class SafetensorsFile:
-    """
-    An open safetensors file whose header has been checked.
-
-    The header is refused unless it has exactly one meaning: names and fields once each, known dtypes,
-    sizes that match, and tensors that fill the file without gap or overlap. Immutable; several threads
-    may read at once.
-
-    Raises CheckpointError for a file that is not sound (the text names the file and the tensor) and
-    OSError if it cannot be opened or read.
-    """
-    def __contains__(self, arg0: str) -> bool: ...
-    def __init__(self, path: os.PathLike | str | bytes) -> None: ...
-    def __len__(self) -> int: ...
-    def __repr__(self) -> str: ...
-    def info(self, name: str) -> TensorInfo:
-        """
-        TensorInfo of one tensor. Raises CheckpointError if it is not there.
-        """
-    def metadata(self) -> dict[str, str]:
-        """
-        The header's __metadata__ as dict[str, str].
-        """
-    def names(self) -> list[str]:
-        """
-        Names of the tensors, in the order of their bytes.
-        """
-    def read_into(
-        self,
-        name: str,
-        ptr: typing.SupportsInt | typing.SupportsIndex,
-        nbytes: typing.SupportsInt | typing.SupportsIndex,
-        *,
-        offset: typing.SupportsInt | typing.SupportsIndex | None = None,
-        drop_cache: bool = False,
-    ) -> None:
-        """
-        Read a tensor's bytes to the address `ptr`, which must have room for `nbytes`.
-
-        Without `offset` the whole tensor is read and `nbytes` must be its size; with it, `nbytes` bytes
-        from that byte of the tensor on. `drop_cache` lets the system forget the pages that were read.
-
-        Raises CheckpointError if the tensor is not there or the file became shorter after it was opened,
-        ValueError if the sizes do not fit, OSError if the system cannot read.
-        """
-    def source(self, direct: bool = True) -> FileSource:
-        """
-        The file as a FileSource.
-
-        Raises FileChangedError if its name means another file by now, or it was written to.
-        """
-    def tensors(self) -> list[TensorInfo]:
-        """
-        TensorInfo of every tensor, in the order of their bytes.
-        """
-    @property
-    def file_bytes(self) -> int:
-        """
-        Size of the file in bytes.
-        """
-    @property
-    def path(self) -> pathlib.Path: ...
-
-class SafetensorsWriter:
-    """
-    Writes a safetensors file tensor by tensor, or part by part.
-
-    `tensors` lists (name, dtype, shape) in the order that they get in the file; dtype is the format's
-    own name, such as "BF16". Disk space is reserved at once. Tensors may then be written in any order;
-    `commit()` puts the finished file in its place. Until then a file of that name stays as it was, and
-    leaving the writer (as a context manager, or by dropping it) without `commit()` leaves nothing
-    behind. Several threads may write at once.
-
-    Raises ValueError for names, dtypes or sizes that cannot be stored, and OSError, with the bytes
-    needed, where the system refuses.
-    """
-    def __enter__(self) -> typing.Any: ...
-    def __exit__(self, *args) -> None: ...
-    def __init__(
-        self,
-        path: os.PathLike | str | bytes,
-        tensors: collections.abc.Sequence[
-            tuple[str, str, collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]]
-        ],
-        metadata: collections.abc.Mapping[str, str] | None = None,
-    ) -> None: ...
-    def __repr__(self) -> str: ...
-    def commit(self) -> None:
-        """
-        Flush the file to the disk and rename it to its place.
-
-        Raises ValueError naming a tensor that is not complete, OSError if the system refuses.
-        """
-    def discard(self) -> None:
-        """
-        Give up and remove the unfinished file. Does nothing after commit().
-        """
-    def info(self, name: str) -> TensorInfo:
-        """
-        TensorInfo of one tensor. Raises ValueError if it was not declared.
-        """
-    def tensors(self) -> list[TensorInfo]:
-        """
-        TensorInfo of every tensor, in the order of their bytes.
-        """
-    def write(
-        self,
-        name: str,
-        ptr: typing.SupportsInt | typing.SupportsIndex,
-        nbytes: typing.SupportsInt | typing.SupportsIndex,
-        *,
-        offset: typing.SupportsInt | typing.SupportsIndex = 0,
-    ) -> None:
-        """
-        Write `nbytes` bytes from the address `ptr` to the tensor, from byte `offset` of it on.
-
-        Raises ValueError if they do not lie within the tensor or were written before, OSError if the
-        system refuses; the unfinished file is then gone and the writer takes no more.
-        """
-    @property
-    def committed(self) -> bool: ...
-    @property
-    def file_bytes(self) -> int:
-        """
-        Size of the finished file in bytes.
-        """
-    @property
-    def path(self) -> pathlib.Path: ...
-
 class HostPart:
     """
     A part of a HostStore; its memory goes back to the system with it.
@@ -1456,4 +1451,11 @@ def safetensors_bytes(
 def safetensors_dtypes() -> dict:
     """
     Bits of an element by the format's dtype name.
+    """
+
+def source_of(file: SafetensorsFile, direct: bool = True) -> FileSource:
+    """
+    The file as a FileSource.
+
+    Raises FileChangedError if its name means another file by now, or it was written to.
     """

@@ -16,11 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from . import _core
-from .candidates import User
 from .convert import (
     Candidate,
     Precision,
@@ -35,9 +33,9 @@ from .convert import (
     swap_candidate,
 )
 from .errors import CheckpointError
-from .formats import StorageFormat, get_format, register_format
-from .layers import QuantizedLayer
+from .formats import StorageFormat
 from .layers.base import PART_NAMES, part_name
+from .manifest import convert_as_saved, manifest_of, read_manifest, retype
 from .shards import INDEX, SAFETENSORS_NAMES, WEIGHTS, Checkpoint
 from .sizes import parse_size
 from .skeleton import MANIFEST, TensorPlaces, build_skeleton, match_names, set_tensor
@@ -46,8 +44,6 @@ from .text_file import replace_text
 
 if TYPE_CHECKING:
     from .plans import Plan
-
-SCHEMA = "vramkit.checkpoint/1"
 
 
 class _FreedMemory:
@@ -140,7 +136,7 @@ def load(
         raise ValueError("what is mapped stays as stored: it cannot be converted while loading")
     if offload or (precision is None and vram_limit is None):
         cache_bytes = parse_size(cache_limit)
-        model = _load_as_stored(path, factory, progress, mapped or offload, cache_bytes)
+        model = _load_as_stored(path, factory, progress, mapped, offload, cache_bytes)
         if offload:
             from .offload.manage import enable_vram_management
 
@@ -185,15 +181,16 @@ def _load_as_stored(
     factory: Callable[[], nn.Module] | None,
     progress: bool | Progress,
     mapped: bool,
+    offload: bool,
     cache_bytes: int,
 ) -> nn.Module:
     folder = Path(path)
-    manifest = _read_manifest(folder) if (folder / MANIFEST).is_file() else None
+    manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else None
     checkpoint = Checkpoint(path if manifest is None else folder / WEIGHTS)
     model = build_skeleton(path, factory)
     if manifest is not None:
-        _retype(model, checkpoint, manifest)
-        _convert_as_saved(model, manifest, folder)
+        retype(model, checkpoint)
+        convert_as_saved(model, manifest, folder)
     places = match_names(model, checkpoint)
     wanted: dict[int, tuple[str, Tensor]] = {}
     for name, value in model.state_dict(keep_vars=True).items():
@@ -203,9 +200,9 @@ def _load_as_stored(
         if manifest is not None and dtype != value.dtype:
             raise CheckpointError(f"{path}: {name!r} has dtype {dtype}, expected {value.dtype}")
     sources = list(dict.fromkeys(places[name] for name, _ in wanted.values()))
-    if mapped:
+    if mapped or offload:
         files = MappedTensors(checkpoint)
-        tensors = files.tensors(sources)
+        tensors = files.tensors(sources, moving=offload)
         object.__setattr__(model, "vramkit_files", ModelFiles(files.mapped, cache_bytes))
     else:
         tensors = read_tensors(checkpoint, sources, progress=progress)
@@ -214,7 +211,7 @@ def _load_as_stored(
     for name, value in wanted.values():
         source = places[name]
         # Two parameters that are not tied may have one tensor in the file; buffers are written to.
-        own = source in used or (mapped and not isinstance(value, nn.Parameter))
+        own = source in used or not isinstance(value, nn.Parameter)
         put(
             name,
             tensors[source].clone() if own else tensors[source],
@@ -293,35 +290,6 @@ def _check_complete(model: nn.Module, path: str | os.PathLike[str]) -> None:
         raise CheckpointError(f"{path}: nothing was loaded for {left[0]!r} ({len(left)} tensors)")
 
 
-def _manifest(model: nn.Module) -> dict[str, Any]:
-    layers, formats, tied = {}, {}, {}
-    owners: dict[int, str] = {}
-    builtin = {name for name, _ in _core.builtin_formats()}
-    for name, module in model.named_modules():
-        if not isinstance(module, QuantizedLayer):
-            continue
-        for leaf in module.stored_names:
-            key, user = id(module.stored_part(leaf, "codes")), User(name, leaf, module).layer_name
-            if key in owners:
-                tied[user] = owners[key]
-                continue
-            owners[key] = user
-            stored = module.stored_parameter(leaf)
-            fmt = stored.fmt
-            layers[user] = {
-                "format": fmt.name,
-                "shape": list(stored.shape),
-                "compute_dtype": str(stored.dtype).removeprefix("torch."),
-            }
-            if fmt.name not in builtin and not fmt.activations:
-                formats[fmt.name] = {
-                    "table": list(fmt.native.table),
-                    "block": fmt.block,
-                    "nested": fmt.nested,
-                }
-    return {"schema": SCHEMA, "layers": layers, "tied": tied, "formats": formats}
-
-
 def save(
     model: nn.Module, folder: str | os.PathLike[str], *, progress: bool | Progress = False
 ) -> Path:
@@ -343,7 +311,7 @@ def save(
         unique[id(value)] = name
         tensors.append((name, value.detach()))
     specs = [(name, _dtype_name(name, t), list(t.shape)) for name, t in tensors]
-    manifest = _manifest(model) | {"aliases": aliases}
+    manifest = manifest_of(model) | {"aliases": aliases}
     total = sum(t.nbytes for _, t in tensors)
     with _core.SafetensorsWriter(target / WEIGHTS, specs, {"format": "pt"}) as writer:
         with progress_bar(progress, total, "save") as advance:
@@ -368,79 +336,6 @@ def _dtype_name(name: str, tensor: Tensor) -> str:
     if tensor.dtype not in SAFETENSORS_NAMES:
         raise ValueError(f"safetensors has no dtype for {name!r} ({tensor.dtype})")
     return SAFETENSORS_NAMES[tensor.dtype]
-
-
-def _dtype_named(name: str) -> torch.dtype:
-    dtype = getattr(torch, name)
-    if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"{name!r} is no dtype")
-    return dtype
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    file = folder / MANIFEST
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-        if data["schema"] != SCHEMA:
-            raise CheckpointError(f"{file}: schema {data['schema']!r}, expected {SCHEMA!r}")
-        for name, about in data["formats"].items():
-            register_format(name, about["table"], block=about["block"], nested=about["nested"])
-        layers = {
-            name: (
-                get_format(about["format"]),
-                tuple(int(n) for n in about["shape"]),
-                _dtype_named(about["compute_dtype"]),
-            )
-            for name, about in data["layers"].items()
-        }
-        tied, aliases = dict(data["tied"]), dict(data.get("aliases", {}))
-    except CheckpointError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{file} is no manifest of vramkit: {error!r}") from error
-    return {"layers": layers, "tied": tied, "aliases": aliases}
-
-
-def _convert_as_saved(model: nn.Module, manifest: dict[str, Any], folder: Path) -> None:
-    """Give a skeleton the converted layers that a manifest lists, with their compute dtypes."""
-    wanted = {name: fmt for name, (fmt, _, _) in manifest["layers"].items()}
-    # Parameters that only a caller's `parameters=` made storable, and none besides.
-    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    weights = {f"{name}.weight" if name else "weight" for name in wanted}
-    try:
-        convert(model, wanted, parameters=sorted(names & (weights | set(wanted))))
-    except ValueError as error:
-        raise CheckpointError(f"{folder} belongs to another model: {error}") from error
-    stored = {
-        User(name, leaf, module).layer_name: module.stored_parameter(leaf)
-        for name, module in model.named_modules()
-        if isinstance(module, QuantizedLayer)
-        for leaf in module.stored_names
-    }
-    for name, (_, shape, dtype) in manifest["layers"].items():
-        if name not in stored:
-            raise CheckpointError(f"{folder}: {name!r} was saved converted, and stays plain here")
-        if stored[name].shape != shape:
-            raise CheckpointError(
-                f"{folder}: {name!r} was saved with shape {shape}, the model has "
-                f"{stored[name].shape}"
-            )
-        stored[name].dtype = dtype
-    for name, source_name in manifest["tied"].items():
-        if name not in stored or source_name not in stored:
-            raise CheckpointError(
-                f"{folder} belongs to another model: it ties {name!r} to {source_name!r}, "
-                "which are not both converted layers here"
-            )
-        stored[name].dtype = stored[source_name].dtype
-
-
-def _retype(model: nn.Module, checkpoint: Checkpoint, manifest: dict[str, Any]) -> None:
-    """Give the skeleton's plain tensors the dtypes they were saved with."""
-    put = TensorPlaces(model)
-    for name, value in list(model.state_dict(keep_vars=True).items()):
-        if name in checkpoint and value.device.type == "meta":
-            put(name, checkpoint.meta(name), getattr(value, "requires_grad", False))
 
 
 def convert_checkpoint(
@@ -563,7 +458,7 @@ def _converted_structure(
             aliases[name] = unique[id(value)]
         else:
             unique[id(value)] = name
-    return _manifest(copy) | {"aliases": aliases}
+    return manifest_of(copy) | {"aliases": aliases}
 
 
 def _copy_side_files(source: Path, target: Path) -> None:

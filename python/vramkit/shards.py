@@ -152,7 +152,7 @@ class Checkpoint:
         Raises FileChangedError where a name means another file by now.
         """
         if self._sources is None:
-            self._sources = [file.source() for file in self._opened]
+            self._sources = [_core.source_of(file) for file in self._opened]
         return self._sources
 
     def read(self, name: str) -> Tensor:

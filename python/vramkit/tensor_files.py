@@ -19,8 +19,8 @@ from . import _core
 from .convert import Progress, progress_bar
 from .shards import Checkpoint
 
-# More threads than two gain little on one disk, and nothing where memory is the limit.
-THREADS = 2
+# More than two, so that the disk has work while others of them touch fresh memory.
+THREADS = 4
 LARGE_PAGE = 2 << 20
 # Below this, memory comes in small pages: large ones would be more than the tensors.
 SMALL = 64 << 20
@@ -231,18 +231,21 @@ class MappedTensors:
             for file in files
         ]
 
-    def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Views of the mappings; copies where an element's address would not be one."""
-        found = {}
+    def tensors(self, names: Iterable[str], *, moving: bool = False) -> dict[str, Tensor]:
+        """Views of the mappings; copies where an element's address would not be one.
+
+        `moving`: no copies even there, for tensors that go elsewhere before anything computes.
+        """
+        found, askew = {}, []
         for name in names:
             dtype, info = self.checkpoint.dtype(name), self.checkpoint.info(name)
             found[name] = torch.empty(info.shape, dtype=dtype)
-            if info.nbytes:
-                source, offset, nbytes = self.checkpoint.place(name)
+            source, offset, nbytes = self.checkpoint.place(name)
+            if offset % dtype.itemsize and not moving:
+                askew.append(name)
+            elif nbytes:
                 flat = torch.frombuffer(
                     self.mapped[source].mapping, dtype=torch.uint8, count=nbytes, offset=offset
                 )
-                if offset % dtype.itemsize:
-                    flat = flat.clone()
                 found[name] = flat.view(dtype).reshape(info.shape)
-        return found
+        return found | read_tensors(self.checkpoint, askew)

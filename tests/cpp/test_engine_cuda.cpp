@@ -379,7 +379,6 @@ void every_call_fails_once(DeviceKind kind, CudaStatus status, bool files,
     }
     cuda->fails = nullptr;
     reached = !failed.empty();
-    if (failed == "get_device") nth += nth > 60 ? 4 : 0;  // the most frequent by far
     failed_names.insert(failed);
     // What could not be given back cannot be asked for again.
     static const std::set<std::string> kGiving{"release",        "free_addresses",

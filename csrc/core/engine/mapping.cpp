@@ -28,8 +28,21 @@ FileMapping::FileMapping(Files files, std::vector<Extent> extents, std::int64_t 
             [](const Extent& a, const Extent& b) { return a.block_offset < b.block_offset; });
   check();
   if (bytes == 0) return;
-  start_ = static_cast<std::byte*>(reserve_pages(round_up_to(bytes, kDirectUnit), kDirectUnit));
-  bool mapped = start_ != nullptr;
+  // Large pages of the page cache are mapped whole where addresses and offsets agree modulo theirs.
+  constexpr std::int64_t kLarge = HostMemory::kLargePage;
+  std::int64_t shift = 0;
+  reserved_bytes_ = round_up_to(bytes, kDirectUnit);
+  if (bytes >= kLarge && !extents_.empty()) {
+    const Extent& largest =
+        *std::max_element(extents_.begin(), extents_.end(),
+                          [](const Extent& a, const Extent& b) { return a.bytes < b.bytes; });
+    shift = ((largest.source_offset - largest.block_offset) % kLarge + kLarge) % kLarge;
+    reserved_bytes_ += shift;
+  }
+  reserved_ = static_cast<std::byte*>(
+      reserve_pages(reserved_bytes_, bytes >= kLarge ? kLarge : kDirectUnit));
+  bool mapped = reserved_ != nullptr;
+  start_ = mapped ? reserved_ + shift : nullptr;
   for (const Extent& extent : extents_) {
     const std::int64_t lead = extent.block_offset % kDirectUnit;
     mapped = mapped && map_private(files_[static_cast<std::size_t>(extent.source)]->descriptor(),
@@ -70,8 +83,8 @@ void FileMapping::check() const {
 }
 
 void FileMapping::unmap() noexcept {
-  if (start_ != nullptr) return_pages(start_, round_up_to(bytes_, kDirectUnit));
-  start_ = nullptr;
+  if (reserved_ != nullptr) return_pages(reserved_, reserved_bytes_);
+  reserved_ = start_ = nullptr;
 }
 
 FileMapping::~FileMapping() { unmap(); }

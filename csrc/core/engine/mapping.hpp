@@ -46,6 +46,8 @@ class FileMapping {
   const Files files_;
   std::vector<Extent> extents_;  // by place in the block
   const std::int64_t bytes_;
+  std::byte* reserved_ = nullptr;
+  std::int64_t reserved_bytes_ = 0;
   std::byte* start_ = nullptr;
 };
 

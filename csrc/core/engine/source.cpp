@@ -84,7 +84,7 @@ void FileSource::ended(std::int64_t offset) const {
 
 ReadPath FileSource::path_for(std::int64_t offset, std::int64_t bytes) const {
   const std::int64_t cached = calls_->cached(file_, offset, bytes);
-  if (cached >= bytes / 10 * kCachedTenths) {
+  if (cached > 0 && cached >= bytes / 10 * kCachedTenths) {
     if (cached < bytes) calls_->will_need(file_, offset, bytes);
     return ReadPath::cached;
   }

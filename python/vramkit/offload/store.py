@@ -128,13 +128,14 @@ class BlockStore:
         self._own_path: Path | None = None
         self._model = weakref.ref(model)
         self._found = ModelFiles.of(model)
+        self._own_files: list[_core.FileSource] = []
         parameters = dict(model.named_parameters())
         plans = [
             self._planned([parameters[name] for name in block.parameters if name not in on_host])
             for block in blocks
         ]
         self._write_own(plans, [block.entries[0] for block in blocks], progress)
-        self._convert(plans)
+        self._gather(plans)
         waiting = [[parameters[n] for n in block.parameters if n in on_host] for block in blocks]
         staying = self._staying(model, plans, waiting)
         self._waiting = [
@@ -194,10 +195,11 @@ class BlockStore:
             handle = file.keep()
         weakref.finalize(self, os.close, handle)
         self._own_path = Path(f"/proc/self/fd/{handle}")
+        self._own_files.append(source)
         for plan in wanted:
             plan.own = source
 
-    def _convert(self, plans: Sequence[_Plan]) -> None:
+    def _gather(self, plans: Sequence[_Plan]) -> None:
         """What lies scattered in the model's files is gathered into one file of the cache."""
         wanted = [plan for plan in plans if plan.gathered]
         if not wanted:
@@ -211,7 +213,7 @@ class BlockStore:
                 if origin is not None
             ]
             specs.append(_core.BlockSpec(str(number), plan.size, extents))
-        cache = _core.BlockCache(str(self.folder / "converted"), self._found.cache_bytes)
+        cache = _core.BlockCache(str(self.folder / "gathered"), self._found.cache_bytes)
         built = cache.open(files, specs)
         source = _core.FileSource(built.path)
         for plan, offset in zip(wanted, built.offsets, strict=True):
@@ -258,7 +260,7 @@ class BlockStore:
         return Path(next(file.name for home in self._homes for file in home.files))
 
     def origins(self) -> list[str]:
-        """Where each block is read from: "checkpoint", "converted", "own", or two of them."""
+        """How each block is read: "in place", "gathered" (from the cache), "own", or two."""
         return [home.kind for home in self._homes]
 
     def plan(self, blocks: Sequence[Block]) -> tuple[list[_core.Source], list[_core.BlockSpec]]:
@@ -311,6 +313,9 @@ class BlockStore:
             home = _Home("own", [source], [_core.Extent(0, 0, 0, size)])
             mapped = home.mapped(size)
             self._homes[block], self._mapped[block], self._cached[block] = home, mapped, None
+            # The file it was in goes with its last block.
+            read = {id(file) for one in self._homes for file in one.files}
+            self._own_files = [f for f in self._own_files if id(f) in read] + [source]
             self.views[block] = _views(mapped.mapping, places)
         else:
             self.views[block] = []
@@ -327,33 +332,33 @@ class BlockStore:
         any more would end the process.
         """
         self.check()
-        self._move_out(range(len(self.places)))
+        for places, views in zip(self.places, self.views, strict=True):
+            for place, view in zip(places, views, strict=True):
+                _move_out(place, view)
         self.discard()
         self._register(None)
 
     def undo(self) -> None:
         """As before the store was made: tensors in memory, or views of the model's files."""
-        own = [
-            i
-            for i, (home, part) in enumerate(zip(self._homes, self._waiting, strict=True))
-            if "own" in home.kind or part is not None
-        ]
-        self._move_out(own)
-        mapped = [m for i, m in enumerate(self._mapped) if i not in own]
-        self._register(ModelFiles(mapped, self._found.cache_bytes) if mapped else None)
+        for mapped, places, views in zip(self._mapped, self.places, self.views, strict=True):
+            for place, view in zip(places, views, strict=True):
+                found = mapped.mapping.find(view.data_ptr(), place.nbytes)
+                if found is None or mapped.files[found.source] in self._own_files:
+                    _move_out(place, view)
+        kept = [m for m in self._mapped if any(f not in self._own_files for f in m.files)]
+        self._register(ModelFiles(kept, self._found.cache_bytes) if kept else None)
         self.discard()
 
     def discard(self) -> None:
         """The store's files go; what its parameters hold is in another store."""
         self.views, self._mapped, self._homes, self._cached, self._waiting = [], [], [], [], []
 
-    def _move_out(self, blocks: Sequence[int]) -> None:
-        for block in blocks:
-            for place, view in zip(self.places[block], self.views[block], strict=True):
-                now = place.parameter.data
-                if now.data_ptr() == view.data_ptr():  # else it has memory of its own already
-                    own = torch.empty_strided(view.shape, view.stride(), dtype=view.dtype)
-                    place.parameter.data = own.copy_(now)
+
+def _move_out(place: Place, view: Tensor) -> None:
+    now = place.parameter.data
+    if now.data_ptr() == view.data_ptr():  # else it has memory of its own already
+        own = torch.empty_strided(view.shape, view.stride(), dtype=view.dtype)
+        place.parameter.data = own.copy_(now)
 
 
 class _Plan:
@@ -414,7 +419,7 @@ class _Plan:
             return _Home("memory", [], [])
         if not self.extents:
             assert self.own is not None
-            kind = "own" if self.cached is None else "converted"
+            kind = "own" if self.cached is None else "gathered"
             return _Home(kind, [self.own], [_core.Extent(0, self.own_offset, 0, self.size)])
         files = list(self.files)
         extents = self.extents
@@ -427,7 +432,7 @@ class _Plan:
                 else e
                 for e in extents
             ]
-        return _Home("checkpoint and own" if self.own else "checkpoint", files, extents)
+        return _Home("in place and own" if self.own else "in place", files, extents)
 
 
 class _OwnFile:
