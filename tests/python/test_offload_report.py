@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from vramkit import enable_vram_management
+from vramkit import _core, enable_vram_management
 from vramkit.offload.report import OffloadReport, copied_in_a_pass
 from vramkit.rates import Rates
 
@@ -365,3 +365,27 @@ def test_stats_while_the_model_runs(tmp_path: Path) -> None:
     assert not failed
     with pytest.raises(TypeError):
         session.stats(True)  # type: ignore[misc]
+
+
+def test_streamed_neighbours_have_different_slots(tmp_path: Path) -> None:
+    """Where every other block is resident, those between would have one slot if all had turns."""
+    source = tmp_path / "blocks"
+    source.write_bytes(bytes(12 * 4096))
+    blocks = [
+        _core.BlockSpec(str(i), 4096, [_core.Extent(0, i * 4096, 0, 4096)]) for i in range(12)
+    ]
+    engine = _core.Engine(
+        [_core.FileSource(str(source))], blocks, limit=8 * 4096, granularity=4096, slots=2
+    )
+    streamed = [i for i in range(12) if not engine.block_stats(i).resident]
+    assert len(streamed) == 6
+    slots = [engine.slot_of(i) for i in streamed]
+    assert all(a != b for a, b in zip(slots, [*slots[1:], slots[0]], strict=True))
+    for _ in range(3):
+        for i in range(12):
+            engine.acquire(i)
+            engine.release(i)
+    engine.check()
+    assert engine.block_stats(0).bytes == 4096
+    with pytest.raises(ValueError, match="0 records or more"):
+        engine.keep_timeline(-1)
