@@ -409,7 +409,7 @@ def test_signals_at_any_moment(tmp_path: Path) -> None:
                 start = time.perf_counter()
                 model(x)
                 whole = time.perf_counter() - start
-                delays = torch.rand(400, generator=generator) * 1.2 * whole + 1e-6
+                delays = torch.rand(240, generator=generator) * 1.2 * whole + 1e-6
                 for turn, delay in enumerate(delays.tolist()):
                     if turn % 16 == 0:  # weights that count as changed: their block is written
                         model.layers[turn // 16 % 10].weight.mul_(1)
@@ -422,7 +422,7 @@ def test_signals_at_any_moment(tmp_path: Path) -> None:
                         broken_off += 1
                     if broken_off % 10 == 0:
                         assert torch.equal(model(x), expected)
-            assert broken_off > 100
+            assert broken_off > 60
             state = {k: v.clone() for k, v in model.state_dict().items()}
             assert torch.equal(model(x).detach(), model(x).detach())
             model.vramkit_session.engine.check()
@@ -447,7 +447,7 @@ with torch.no_grad():
     session = model.vramkit_session
     waiting = threading.Event()
     interrupted = 0
-    for turn in range(5):
+    for turn in range(4):
         handle = os.open(session.store.path, os.O_RDONLY)
         os.fsync(handle)
         os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -476,5 +476,5 @@ print(interrupted)
 
 
 def test_interrupt_during_a_transfer(tmp_path: Path, run_python: RunPython) -> None:
-    assert run_python(INTERRUPT, tmp_path).stdout == "5\n"
+    assert run_python(INTERRUPT, tmp_path).stdout == "4\n"
     assert list(tmp_path.iterdir()) == []

@@ -244,7 +244,8 @@ class OffloadSession(Seen):
             kept = self._in_store(tensor)
             if kept is not None:
                 return (None, kept)
-            return (outer[1], outer[0](tensor)) if outer else (None, tensor)
+            # Detached: a result that keeps itself would be a cycle, which is never freed.
+            return (outer[1], outer[0](tensor)) if outer else (None, tensor.detach())
 
         def unpack(packed: Any) -> Tensor:
             unpack_outer, value = packed
