@@ -68,8 +68,22 @@ def _own_pip() -> list[str] | None:
     return command if found.returncode == 0 else None
 
 
+def _compiler_is_a_wheel() -> bool:
+    return os.environ.get("VRAMKIT_CUDA", "").lower() == "wheels"
+
+
+def _name_compiler() -> None:
+    """Tell CMake of the nvcc beside us, which pip's isolation hides from CMake's own Python."""
+    spec = importlib.util.find_spec("nvidia")
+    roots = list(spec.submodule_search_locations or []) if spec else []
+    found = [nvcc for root in roots for nvcc in sorted(Path(root).glob("cu*/bin/nvcc"))]
+    if not found:
+        raise RuntimeError("VRAMKIT_CUDA=wheels, but no nvidia/cu*/bin/nvcc can be imported")
+    os.environ["CUDACXX"] = str(found[-1])
+
+
 def _requirements(requires: list[str], config_settings: Settings) -> list[str]:
-    if os.environ.get("VRAMKIT_CUDA", "").lower() == "wheels":
+    if _compiler_is_a_wheel():
         requires = [*requires, *_CUDA_WHEELS]
     if not _must_fetch(config_settings) or _KEPT.joinpath(_MARKER).exists() or _own_pip():
         return requires
@@ -107,6 +121,8 @@ def _build(
     step: Callable[..., str], output: str, config_settings: Settings, metadata: str | None
 ) -> str:
     settings = dict(config_settings or {})
+    if _compiler_is_a_wheel():
+        _name_compiler()
     if _must_fetch(config_settings):
         settings["cmake.define.TORCH_STABLE_INCLUDE_DIR"] = str(_fetch_headers())
     return step(output, settings, metadata)

@@ -27,7 +27,8 @@ if(_cuda STREQUAL "off")
   return()
 endif()
 
-if(_cuda STREQUAL "wheels" AND NOT CMAKE_CUDA_COMPILER)
+# The build backend names the compiler by CUDACXX.
+if(_cuda STREQUAL "wheels" AND NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
   find_package(Python REQUIRED COMPONENTS Interpreter)
   execute_process(
     COMMAND
