@@ -1,8 +1,12 @@
-"""scikit-build-core, and one question before it: where do torch's headers come from?
+"""scikit-build-core, and two questions before it.
 
-The operators are built against the headers of LibTorch's stable ABI and link no libtorch. If the
-environment that is installed into has torch, its headers serve; else torch's own wheel is fetched
-without its dependencies, and only those headers are kept, in build/torch-headers.
+Where does the CUDA compiler come from? From the machine, if it has one; with `VRAMKIT_CUDA=wheels`
+from NVIDIA's compiler wheels, which join the build's environment (cmake/Cuda.cmake finds them).
+
+And where do torch's headers come from? The operators are built against the headers of LibTorch's
+stable ABI and link no libtorch. If the environment that is installed into has torch, its headers
+serve; else torch's own wheel is fetched without its dependencies, and only those headers are kept,
+in build/torch-headers.
 """
 
 from __future__ import annotations
@@ -24,6 +28,11 @@ from scikit_build_core.build import *  # noqa: F403
 
 Settings = dict[str, Any] | None
 
+# Of one release: the compiler, its parts and the runtime must agree.
+_CUDA_WHEELS = [
+    f"nvidia-{part}==13.0.*"
+    for part in ("cuda-nvcc", "nvvm", "cuda-crt", "cuda-runtime", "cuda-cccl")
+]
 _KEPT = Path("build", "torch-headers")
 _MARKER = Path("torch", "include", "torch", "csrc", "stable", "library.h")
 _WANTED = (
@@ -59,7 +68,23 @@ def _own_pip() -> list[str] | None:
     return command if found.returncode == 0 else None
 
 
+def _compiler_is_a_wheel() -> bool:
+    return os.environ.get("VRAMKIT_CUDA", "").lower() == "wheels"
+
+
+def _name_compiler() -> None:
+    """Tell CMake of the nvcc beside us, which pip's isolation hides from CMake's own Python."""
+    spec = importlib.util.find_spec("nvidia")
+    roots = list(spec.submodule_search_locations or []) if spec else []
+    found = [nvcc for root in roots for nvcc in sorted(Path(root).glob("cu*/bin/nvcc"))]
+    if not found:
+        raise RuntimeError("VRAMKIT_CUDA=wheels, but no nvidia/cu*/bin/nvcc can be imported")
+    os.environ["CUDACXX"] = str(found[-1])
+
+
 def _requirements(requires: list[str], config_settings: Settings) -> list[str]:
+    if _compiler_is_a_wheel():
+        requires = [*requires, *_CUDA_WHEELS]
     if not _must_fetch(config_settings) or _KEPT.joinpath(_MARKER).exists() or _own_pip():
         return requires
     return [*requires, "pip"]
@@ -96,6 +121,8 @@ def _build(
     step: Callable[..., str], output: str, config_settings: Settings, metadata: str | None
 ) -> str:
     settings = dict(config_settings or {})
+    if _compiler_is_a_wheel():
+        _name_compiler()
     if _must_fetch(config_settings):
         settings["cmake.define.TORCH_STABLE_INCLUDE_DIR"] = str(_fetch_headers())
     return step(output, settings, metadata)

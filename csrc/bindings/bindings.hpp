@@ -6,6 +6,7 @@ namespace vramkit::bindings {
 
 void bind_allocator(pybind11::module_& m);
 void bind_checkpoint(pybind11::module_& m);
+void bind_cuda(pybind11::module_& m);
 void bind_engine(pybind11::module_& m);
 void bind_loading(pybind11::module_& m);
 void bind_placement(pybind11::module_& m);

@@ -14,9 +14,12 @@
 #include <vector>
 
 #include "bindings/bindings.hpp"
+#include "bindings/cuda.hpp"
 #include "bindings/signals.hpp"
+#include "bindings/view.hpp"
 #include "core/engine/block_cache.hpp"
 #include "core/engine/pressure.hpp"
+#include "core/engine/relief.hpp"
 #include "core/error.hpp"
 
 namespace py = pybind11;
@@ -24,20 +27,6 @@ namespace py = pybind11;
 namespace vramkit::bindings {
 namespace {
 
-// Memory that a source in memory or a tensor views, alive for as long as anything refers to it.
-class View {
- public:
-  View(std::shared_ptr<const void> keeper, std::byte* start, std::int64_t bytes)
-      : keeper_(std::move(keeper)), start_(start), bytes_(bytes) {}
-  py::buffer_info buffer() const {
-    return {reinterpret_cast<std::uint8_t*>(start_), static_cast<py::ssize_t>(bytes_)};
-  }
-
- private:
-  std::shared_ptr<const void> keeper_;
-  std::byte* start_;
-  std::int64_t bytes_;
-};
 
 // A Python object that memory belongs to, let go of under the GIL whoever lets go of it.
 std::shared_ptr<const void> keeper_of(py::object object) {
@@ -58,10 +47,17 @@ std::vector<std::shared_ptr<const Source>> read_only(const Sources& sources) {
 std::shared_ptr<Engine> make_engine(const Sources& sources, std::vector<BlockSpec> blocks,
                                     std::int64_t limit, std::vector<std::int64_t> order,
                                     std::int64_t depth, std::int64_t slots, std::int64_t threads,
-                                    std::int64_t piece, std::int64_t granularity, bool poison,
-                                    std::int64_t timeline) {
+                                    std::int64_t piece, std::optional<std::int64_t> granularity,
+                                    bool poison, std::int64_t timeline, const std::string& device) {
   EngineConfig config;
-  config.backend = std::make_shared<HostBackend>(std::make_shared<HostMemory>(granularity));
+  const int index = device_index(device);
+  if (index < 0) {
+    config.backend = std::make_shared<HostBackend>(
+        std::make_shared<HostMemory>(granularity.value_or(HostMemory::kLargePage)));
+  } else {
+    const py::gil_scoped_release release;  // a context may take a second
+    config.backend = cuda_backend(index, granularity.value_or(CudaBackend::kSegment));
+  }
   config.sources = read_only(sources);
   config.blocks = std::move(blocks);
   config.order = std::move(order);
@@ -92,11 +88,20 @@ void bind_sources(py::module_& m) {
            "`keeper` is the object that the memory belongs to.");
   py::class_<HostStore, std::shared_ptr<HostStore>>(m, "HostStore", py::buffer_protocol(),
                                                     "Memory for blocks, in one piece.")
-      .def(py::init([](std::int64_t bytes, std::int64_t granularity) {
+      .def(py::init([](std::int64_t bytes, std::int64_t granularity, const std::string& device) {
+             const int index = device_index(device);
              const py::gil_scoped_release release;
-             return std::make_shared<HostStore>(std::make_shared<HostMemory>(granularity), bytes);
+             std::shared_ptr<Memory> memory;
+             if (index < 0) {
+               memory = std::make_shared<HostMemory>(granularity);
+             } else {
+               memory = cuda_backend(index, CudaBackend::kSegment)->shared_staging();
+             }
+             return std::make_shared<HostStore>(std::move(memory), bytes);
            }),
-           py::arg("bytes"), py::arg("granularity") = HostMemory::kLargePage)
+           py::arg("bytes"), py::arg("granularity") = HostMemory::kLargePage,
+           py::arg("device") = "cpu",
+           "`device`: whose copies it is for; memory for a GPU is pinned, at its exact size.")
       .def_buffer([](HostStore& store) -> py::buffer_info {
         return {reinterpret_cast<std::uint8_t*>(store.data()),
                 static_cast<py::ssize_t>(store.bytes())};
@@ -210,9 +215,24 @@ void bind_stats(py::module_& m) {
       });
 }
 
+int device_of(const Engine& engine) {
+  const auto* cuda = dynamic_cast<const CudaBackend*>(&engine.backend());
+  return cuda == nullptr ? -1 : cuda->device();
+}
+
 void bind_calls(py::module_& m) {
-  py::class_<View>(m, "EngineView", py::buffer_protocol(), "The engine's address range.")
-      .def_buffer(&View::buffer);
+  py::class_<View>(m, "EngineView", py::buffer_protocol(),
+                   "Addresses of the engine: a buffer on the host, and DLPack everywhere.")
+      .def_buffer(&View::buffer)
+      .def("__dlpack_device__",
+           [](const View& self) { return py::make_tuple(self.device().type, self.device().index); })
+      .def(
+          "__dlpack__",
+          [](const View& self, const py::object&, const py::object&, const py::object&,
+             const py::object&) { return self.capsule(); },
+          py::kw_only(), py::arg("stream") = py::none(), py::arg("max_version") = py::none(),
+          py::arg("dl_device") = py::none(), py::arg("copy") = py::none(),
+          "Bytes, uint8. acquire() has ordered the stream that it was given after the copies.");
   py::class_<Engine, std::shared_ptr<Engine>>(
       m, "Engine",
       "Blocks of bytes that are in memory when they are called; see docs/offload.md. Addresses "
@@ -220,8 +240,10 @@ void bind_calls(py::module_& m) {
       .def(py::init(&make_engine), py::arg("sources"), py::arg("blocks"), py::kw_only(),
            py::arg("limit"), py::arg("order") = std::vector<std::int64_t>{}, py::arg("depth") = 1,
            py::arg("slots") = 3, py::arg("threads") = 2, py::arg("piece") = std::int64_t{8} << 20,
-           py::arg("granularity") = HostMemory::kLargePage, py::arg("poison") = false,
-           py::arg("timeline") = 0)
+           py::arg("granularity") = py::none(), py::arg("poison") = false, py::arg("timeline") = 0,
+           py::arg("device") = "cpu",
+           "`device`: 'cpu', or 'cuda:0' and so on; `granularity`: bytes of memory taken at once, "
+           "2 MiB on the host and 32 MiB on a GPU unless given.")
       .def("__len__", &Engine::blocks)
       .def(
           "acquire",
@@ -261,10 +283,49 @@ void bind_calls(py::module_& m) {
       .def(
           "view",
           [](const std::shared_ptr<Engine>& self) {
-            return View(self, self->base(), self->reserved());
+            if (!self->contiguous()) {
+              throw InvalidArgument(
+                  "this device has no addresses without memory: view each block by window()");
+            }
+            return View(self, self->base(), self->reserved(), device_of(*self));
           },
           "All addresses as one buffer, which keeps the engine alive. Only what is acquired may be "
           "read.")
+      .def(
+          "window",
+          [](const std::shared_ptr<Engine>& self, std::uintptr_t address, std::int64_t bytes) {
+            return View(self, reinterpret_cast<std::byte*>(address), bytes, device_of(*self));
+          },
+          py::arg("address"), py::arg("bytes"), "`bytes` from an address that acquire() returned.")
+      .def_property_readonly("contiguous", &Engine::contiguous,
+                             "Whether all addresses are one range, so that view() works.")
+      .def_property_readonly("device",
+                             [](const Engine& self) {
+                               const int index = device_of(self);
+                               return index < 0 ? std::string("cpu")
+                                                : "cuda:" + std::to_string(index);
+                             })
+      .def(
+          "device_memory",
+          [](const Engine& self) -> py::object {
+            std::optional<DeviceMemoryInfo> info;
+            {
+              const py::gil_scoped_release release;
+              info = self.backend().memory_info();
+            }
+            if (!info) return py::none();
+            return py::make_tuple(info->free, info->total);
+          },
+          "(free, total) bytes of the GPU, whoever uses them; None on the host.")
+      .def(
+          "relieve",
+          [](Engine& self, PressureGauge& gauge, std::int64_t most) {
+            const py::gil_scoped_release release;
+            return relieve(self, gauge, most);
+          },
+          py::arg("gauge"), py::arg("most"),
+          "Looks at what is free on the GPU and moves the limit as the gauge says, to at most "
+          "`most`; returns by how many bytes.")
       .def("stats", &Engine::stats)
       .def("block_stats", &Engine::block_stats, py::arg("block"))
       .def(
@@ -333,8 +394,8 @@ void bind_engine(py::module_& m) {
   bind_sources(m);
   bind_layouts(m);
   bind_stats(m);
-  bind_calls(m);
   bind_cache(m);
+  bind_calls(m);
 }
 
 }  // namespace vramkit::bindings

@@ -103,6 +103,7 @@ PYBIND11_MODULE(_core, m) {
   vramkit::bindings::bind_allocator(m);
   vramkit::bindings::bind_host_pool(m);
   vramkit::bindings::bind_ledger(m);
+  vramkit::bindings::bind_cuda(m);
   vramkit::bindings::bind_engine(m);
   vramkit::bindings::bind_loading(m);
   py::register_local_exception_translator(&vramkit::bindings::translate);

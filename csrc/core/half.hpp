@@ -6,13 +6,15 @@
 #include <cstdint>
 #include <limits>
 
+#include "core/portable.hpp"
+
 namespace vramkit {
 
-inline float bf16_to_float(std::uint16_t h) {
+VRAMKIT_ANYWHERE inline float bf16_to_float(std::uint16_t h) {
   return std::bit_cast<float>(static_cast<std::uint32_t>(h) << 16);
 }
 
-inline std::uint16_t float_to_bf16(float f) {
+VRAMKIT_ANYWHERE inline std::uint16_t float_to_bf16(float f) {
   const auto u = std::bit_cast<std::uint32_t>(f);
   if ((u & 0x7fffffffu) > 0x7f800000u) return static_cast<std::uint16_t>((u >> 16) | 0x40u);
   return static_cast<std::uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
@@ -21,7 +23,7 @@ inline std::uint16_t float_to_bf16(float f) {
 // A small binary float with E exponent and M mantissa bits, decoded exactly.
 // `finite_only`: no infinity, only the all-ones code is NaN (OCP e4m3fn).
 template <int E, int M, bool finite_only>
-inline float small_to_float(std::uint32_t code) {
+VRAMKIT_ANYWHERE inline float small_to_float(std::uint32_t code) {
   constexpr int bias = (1 << (E - 1)) - 1;
   constexpr float smallest_subnormal = 1.0f / static_cast<float>(1 << (bias + M - 1));
   const std::uint32_t mantissa = code & ((1u << M) - 1);
@@ -45,7 +47,7 @@ inline float small_to_float(std::uint32_t code) {
 // Rounds to nearest even. What overflows becomes: the largest finite value where `saturate`, else
 // infinity (or NaN where the type has none). NaN stays NaN.
 template <int E, int M, bool finite_only>
-inline std::uint32_t float_to_small(float f, bool saturate) {
+VRAMKIT_ANYWHERE inline std::uint32_t float_to_small(float f, bool saturate) {
   constexpr int bias = (1 << (E - 1)) - 1;
   constexpr std::uint32_t exponent_mask = ((1u << E) - 1) << M;
   constexpr std::uint32_t nan = exponent_mask | (finite_only ? (1u << M) - 1 : 1u << (M - 1));
@@ -71,16 +73,22 @@ inline std::uint32_t float_to_small(float f, bool saturate) {
   return sign | code;
 }
 
-inline float fp16_to_float(std::uint16_t h) { return small_to_float<5, 10, false>(h); }
-inline std::uint16_t float_to_fp16(float f) {
+VRAMKIT_ANYWHERE inline float fp16_to_float(std::uint16_t h) {
+  return small_to_float<5, 10, false>(h);
+}
+VRAMKIT_ANYWHERE inline std::uint16_t float_to_fp16(float f) {
   return static_cast<std::uint16_t>(float_to_small<5, 10, false>(f, false));
 }
-inline float e4m3_to_float(std::uint8_t c) { return small_to_float<4, 3, true>(c); }
-inline float e5m2_to_float(std::uint8_t c) { return small_to_float<5, 2, false>(c); }
-inline std::uint8_t float_to_e4m3(float f, bool saturate = true) {
+VRAMKIT_ANYWHERE inline float e4m3_to_float(std::uint8_t c) {
+  return small_to_float<4, 3, true>(c);
+}
+VRAMKIT_ANYWHERE inline float e5m2_to_float(std::uint8_t c) {
+  return small_to_float<5, 2, false>(c);
+}
+VRAMKIT_ANYWHERE inline std::uint8_t float_to_e4m3(float f, bool saturate = true) {
   return static_cast<std::uint8_t>(float_to_small<4, 3, true>(f, saturate));
 }
-inline std::uint8_t float_to_e5m2(float f, bool saturate = true) {
+VRAMKIT_ANYWHERE inline std::uint8_t float_to_e5m2(float f, bool saturate = true) {
   return static_cast<std::uint8_t>(float_to_small<5, 2, false>(f, saturate));
 }
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import _native  # noqa: F401  (defines the schemas)
-from ._native import _core
+from ._native import HAS_CUDA_OPERATORS, _core
 from .formats import (
     _ENCODER,
     _ENCODER_BF16,
@@ -323,10 +323,12 @@ def workspace_bytes(name: str, args: tuple[Any, ...]) -> int:
 
 
 _library = torch.library.Library("vramkit", "IMPL")
-for _key in ("CPU",):  # CUDA kernels come with the CUDA milestone (docs/gpu-status.md)
+# On CUDA: decoding, and encoding by casts; the rest is not written yet (docs/gpu-status.md).
+for _key in ("CPU", "CUDA") if HAS_CUDA_OPERATORS else ("CPU",):
     _library.impl("quantize", _quantize, _key)
     _library.impl("dequantize", _dequantize, _key)
     _library.impl("dequantize_rows", _dequantize_rows, _key)
+for _key in ("CPU",):
     _library.impl("linear", run_linear, _key)
     _library.impl("embedding", _embedding, _key)
 

@@ -42,7 +42,7 @@ FakeCuda::~FakeCuda() {
     const Lock lock(mutex_);
     stopping_ = true;
   }
-  changed_.notify_all();
+  for (auto& stream : streams_) stream->work.notify_one();
   for (auto& stream : streams_) stream->thread.join();
   for (const auto& [start, reservation] : reservations_) {
     return_pages(reservation.start, reservation.bytes);
@@ -52,12 +52,17 @@ FakeCuda::~FakeCuda() {
 
 // Counts the call; what it is to fail with.
 CudaStatus FakeCuda::enter(const char* name) {
-  const std::int64_t call = calls_++;
-  const CudaStatus status = fails ? fails(call, name) : kCudaSuccess;
   const Lock lock(mutex_);
+  const std::int64_t call = calls_++;
+  const CudaStatus status = fails_ ? fails_(call, name) : kCudaSuccess;
   ++counts_[name];
   if (status != kCudaSuccess) uncleared_.insert(std::this_thread::get_id());
   return status;
+}
+
+void FakeCuda::fail(Fails fails) {
+  const Lock lock(mutex_);
+  fails_ = std::move(fails);
 }
 
 int FakeCuda::current() const {
@@ -101,13 +106,24 @@ void FakeCuda::delay() {
 // Under the mutex. What the host knows to be done is done before what it enqueues.
 void FakeCuda::push(Stream& stream, std::function<void()> work) {
   stream.queue.push_back(std::move(work));
-  changed_.notify_all();
+  stream.work.notify_one();
+}
+
+template <typename Done>
+void FakeCuda::wait_until(Lock& lock, Done done) {
+  ++waiting_;
+  changed_.wait(lock, done);
+  --waiting_;
+}
+
+void FakeCuda::notify() {
+  if (waiting_ > 0) changed_.notify_all();
 }
 
 void FakeCuda::run(Stream& stream) {
   Lock lock(mutex_);
   while (true) {
-    changed_.wait(lock, [&] { return stopping_ || stream.gone || !stream.queue.empty(); });
+    stream.work.wait(lock, [&] { return stopping_ || stream.gone || !stream.queue.empty(); });
     if (stream.queue.empty()) return;
     const std::function<void()> work = std::move(stream.queue.front());
     stream.queue.pop_front();
@@ -116,7 +132,7 @@ void FakeCuda::run(Stream& stream) {
     work();
     lock.lock();
     stream.busy = false;
-    changed_.notify_all();
+    notify();
   }
 }
 
@@ -217,16 +233,16 @@ std::string FakeCuda::read(const std::byte* at, std::int64_t bytes, StreamHandle
     std::memcpy(out.data(), found, out.size());
     const Lock inner(mutex_);
     done = true;
-    changed_.notify_all();
+    notify();
   });
-  changed_.wait(lock, [&] { return done; });
+  wait_until(lock, [&] { return done; });
   join(host_, on.clock);
   return out;
 }
 
 void FakeCuda::finish() {
   Lock lock(mutex_);
-  changed_.wait(lock, [&] {
+  wait_until(lock, [&] {
     return std::all_of(streams_.begin(), streams_.end(),
                        [](const auto& s) { return s->queue.empty() && !s->busy; });
   });
@@ -561,7 +577,7 @@ CudaStatus FakeCuda::destroy_stream(StreamHandle stream) {
   auto* gone = static_cast<Stream*>(stream);
   if (gone->gone) complain("destroy_stream: it is gone");
   gone->gone = true;  // its work ends nevertheless, and its thread then
-  changed_.notify_all();
+  gone->work.notify_one();
   return kCudaSuccess;
 }
 
@@ -596,6 +612,7 @@ CudaStatus FakeCuda::record(CudaEventHandle event, StreamHandle stream) {
   push(from, [this, ticket = on->ticket] {
     const Lock inner(mutex_);
     *ticket = true;
+    notify();
   });
   return kCudaSuccess;
 }
@@ -611,7 +628,7 @@ CudaStatus FakeCuda::wait(StreamHandle stream, CudaEventHandle event) {
   join(waits.clock, on->clock);
   push(waits, [this, ticket = on->ticket] {
     Lock inner(mutex_);
-    changed_.wait(inner, [&] { return *ticket; });
+    wait_until(inner, [&] { return *ticket; });
   });
   return kCudaSuccess;
 }
@@ -625,7 +642,7 @@ CudaStatus FakeCuda::synchronize(CudaEventHandle event) {
   if (on->ticket == nullptr) return kCudaSuccess;
   const Ticket ticket = on->ticket;
   const Clock clock = on->clock;
-  changed_.wait(lock, [&] { return *ticket; });
+  wait_until(lock, [&] { return *ticket; });
   join(host_, clock);
   return kCudaSuccess;
 }

@@ -40,8 +40,9 @@ class FakeCuda : public CudaCalls {
   ~FakeCuda() override;
 
   // For tests.
-  // What call of all, from 0, is to fail with what; 0 lets it happen.
-  std::function<CudaStatus(std::int64_t call, const std::string& name)> fails;
+  // With what the how-manieth call of all, from 0, is to fail; 0 lets it happen.
+  using Fails = std::function<CudaStatus(std::int64_t call, const std::string& name)>;
+  void fail(Fails fails);
   // A kernel that compares memory with `want`, when the stream comes to it.
   void expect(const std::byte* at, std::string want, StreamHandle stream, const std::string& what);
   // What is there when all that is on the stream now is done.
@@ -107,6 +108,7 @@ class FakeCuda : public CudaCalls {
     bool gone = false;
     Clock clock;
     std::deque<std::function<void()>> queue;
+    std::condition_variable work;
     bool busy = false;
     std::thread thread;
   };
@@ -148,6 +150,9 @@ class FakeCuda : public CudaCalls {
   static void join(Clock& clock, const Clock& other);
   void push(Stream& stream, std::function<void()> work);
   void run(Stream& stream);
+  template <typename Done>
+  void wait_until(Lock& lock, Done done);
+  void notify();
   void access(Stream& stream, const std::byte* at, std::int64_t bytes, bool write,
               const char* what);
   void given_back(const std::byte* start, std::int64_t bytes, const char* what);
@@ -162,6 +167,7 @@ class FakeCuda : public CudaCalls {
   std::condition_variable changed_;
   std::atomic<std::int64_t> calls_{0};
   std::atomic<int> open_ranges_{0};
+  Fails fails_;
   std::map<std::string, std::int64_t> counts_;
   std::map<std::thread::id, std::int64_t> waits_;
   std::set<std::thread::id> uncleared_;
@@ -179,6 +185,7 @@ class FakeCuda : public CudaCalls {
   std::vector<Access> accesses_;
   Clock host_;  // what the host has waited for
   std::mt19937 random_{1};
+  int waiting_ = 0;  // for something to have happened
   bool stopping_ = false;
 };
 

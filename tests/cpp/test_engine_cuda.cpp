@@ -65,12 +65,11 @@ TEST_F(EngineCuda, WhatIsNotThereIsSaid) {
   EXPECT_THROW(CudaBackend(cuda_, -1), InvalidArgument);
   EXPECT_THROW(CudaBackend(cuda_, 0, 3 * kGranule), InvalidArgument);
   EXPECT_THROW(CudaBackend(cuda_, 0, kGranule / 2), InvalidArgument);
-  cuda_->fails = [](std::int64_t, const std::string& name) {
-    return name == "device_count" ? 35 : 0;
-  };
+  cuda_->fail(
+      [](std::int64_t, const std::string& name) { return name == "device_count" ? 35 : 0; });
   const std::string text = message_of<DeviceError>([&] { CudaBackend backend(cuda_, 0); });
   EXPECT_EQ(text, "cuda:0: looking for devices failed: injected (35)");
-  cuda_->fails = nullptr;
+  cuda_->fail(nullptr);
 }
 
 TEST_F(EngineCuda, SegmentsComeAndGo) {
@@ -102,9 +101,9 @@ TEST_F(EngineCuda, SegmentsComeAndGo) {
   EXPECT_EQ(cuda_->read(start + 2 * kGranule, 1, nullptr)[0], '\x01');
   // A segment that cannot go now is used again, or goes with its addresses.
   int left = 1;
-  cuda_->fails = [&](std::int64_t, const std::string& name) {
+  cuda_->fail([&](std::int64_t, const std::string& name) {
     return name == "unmap" && left-- > 0 ? 999 : 0;
-  };
+  });
   memory.decommit(start, kGranule);
   EXPECT_EQ(cuda_->used(), 3 * kGranule);
   memory.commit(start, kGranule);
@@ -155,9 +154,8 @@ TEST_F(EngineCuda, MemoryIsPinnedAtItsExactSize) {
     EXPECT_TRUE(cuda.copies_from(nullptr, 0));
   }
   EXPECT_EQ(cuda_->pinned(), 0);
-  cuda_->fails = [](std::int64_t, const std::string& name) {
-    return name == "register_host" ? 2 : 0;
-  };
+  cuda_->fail(
+      [](std::int64_t, const std::string& name) { return name == "register_host" ? 2 : 0; });
   EXPECT_THROW(Allocation(cuda.staging(), bytes), OutOfMemoryError);
 }
 
@@ -347,12 +345,12 @@ void every_call_fails_once(DeviceKind kind, CudaStatus status, bool files,
     const std::int64_t begin = cuda->calls();
     std::string failed;
     std::mutex mutex;
-    cuda->fails = [&](std::int64_t n, const std::string& name) {
+    cuda->fail([&](std::int64_t n, const std::string& name) {
       if (n != begin + nth) return kCudaSuccess;
       const std::scoped_lock lock(mutex);
       failed = name;
       return status;
-    };
+    });
     try {
       Engine engine(std::move(c));
       for (std::int64_t i = 0; i < 10; ++i) {
@@ -377,7 +375,7 @@ void every_call_fails_once(DeviceKind kind, CudaStatus status, bool files,
     } catch (const OutOfMemoryError& error) {
       EXPECT_EQ(status, kCudaOutOfMemory) << error.what();
     }
-    cuda->fails = nullptr;
+    cuda->fail(nullptr);
     reached = !failed.empty();
     failed_names.insert(failed);
     // What could not be given back cannot be asked for again.
@@ -395,8 +393,8 @@ void every_call_fails_once(DeviceKind kind, CudaStatus status, bool files,
     ASSERT_LT(nth, 5'000);
     if (::testing::Test::HasFailure()) return;
   }
-  for (const char* name :
-       {"record", "wait", "copy", "create_event", "create_stream", "get_device"}) {
+  for (const char* name : {"record", "wait", "create_event", "create_stream", "get_device",
+                           files ? "copy" : "copy_batch"}) {
     EXPECT_EQ(failed_names.count(name), 1U) << name;
   }
 }
@@ -436,7 +434,7 @@ TEST_F(EngineCudaFaults, EveryCallFailsOnce) {
 TEST_F(EngineCudaFaults, ADeviceThatAlwaysFailsEndsNothingButTheCalls) {
   Engine engine(config(4, 3 * kBlock));
   pass(engine);
-  cuda_->fails = [](std::int64_t, const std::string&) { return 719; };
+  cuda_->fail([](std::int64_t, const std::string&) { return 719; });
   for (int round = 0; round < 3; ++round) {
     for (std::int64_t block = 0; block < 4; ++block) {
       EXPECT_THROW(engine.acquire(block), DeviceError);
@@ -446,7 +444,7 @@ TEST_F(EngineCudaFaults, ADeviceThatAlwaysFailsEndsNothingButTheCalls) {
   settle(engine);
   engine.check();
   cuda_->finish();
-  cuda_->fails = nullptr;  // nothing comes back from such a device; this one does
+  cuda_->fail(nullptr);  // nothing comes back from such a device; this one does
   pass(engine);
 }
 
