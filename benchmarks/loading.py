@@ -137,7 +137,9 @@ def _back(size: int) -> None:
 _PEAK = """
 import json, sys
 import torch, vramkit, vramkit.checkpoint, vramkit.layers
-from benchmarks.loading import _factory
+from benchmarks import loading
+loading.LAYERS = int(sys.argv.pop())
+_factory = loading._factory
 def status(key):
     return next(int(l.split()[1]) << 10 for l in open("/proc/self/status") if l.startswith(key))
 base = status("VmRSS:")
@@ -151,7 +153,7 @@ print(status("VmHWM:") - base)
 
 def _peak(path: Path, folder: Path | None) -> int:
     done = subprocess.run(
-        [sys.executable, "-c", _PEAK, str(path), str(folder or "")],
+        [sys.executable, "-c", _PEAK, str(path), str(folder or ""), str(LAYERS)],
         capture_output=True,
         text=True,
         check=True,
