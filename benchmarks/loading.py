@@ -131,14 +131,15 @@ def _back(size: int) -> None:
 
     What is measured takes its memory from what was free just before, not from the host.
     """
-    for _ in range(2):
-        _filled(2 * size)
+    _filled(2 * size)
 
 
 _PEAK = """
 import json, sys
 import torch, vramkit, vramkit.checkpoint, vramkit.layers
-from benchmarks.loading import _factory
+from benchmarks import loading
+loading.LAYERS = int(sys.argv.pop())
+_factory = loading._factory
 def status(key):
     return next(int(l.split()[1]) << 10 for l in open("/proc/self/status") if l.startswith(key))
 base = status("VmRSS:")
@@ -152,7 +153,7 @@ print(status("VmHWM:") - base)
 
 def _peak(path: Path, folder: Path | None) -> int:
     done = subprocess.run(
-        [sys.executable, "-c", _PEAK, str(path), str(folder or "")],
+        [sys.executable, "-c", _PEAK, str(path), str(folder or ""), str(LAYERS)],
         capture_output=True,
         text=True,
         check=True,

@@ -197,10 +197,14 @@ TEST_F(BulkRead, CanBeBrokenOffWhileTheDiskHangs) {
   const std::vector<ReadRun> runs{{0, 0, size, room(size, 0)}};
   disk_->hold();
   int asked = 0;
+  std::future<void> later;
   EXPECT_THROW(read_runs(sources, runs, kOptions,
                          [&](std::int64_t) {
                            if (++asked < 3) return false;
-                           disk_->let_go();
+                           later = elsewhere([&] {
+                             std::this_thread::sleep_for(std::chrono::milliseconds(200));
+                             disk_->let_go();
+                           });
                            return true;
                          }),
                Interrupted);
