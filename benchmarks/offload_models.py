@@ -157,10 +157,10 @@ class Case:
         """Wait until nothing is being copied."""
         if self.session is None:
             return
-        seen = -1
-        while seen != (now := self.session.engine.stats().copy_ns):
-            seen = now
-            time.sleep(0.02)
+        engine = self.session.engine
+        moving = (_core.BlockStatus.requested, _core.BlockStatus.copying)
+        while any(engine.block_stats(i).state in moving for i in range(len(engine))):
+            time.sleep(0.01)
 
     def stream(self) -> None:
         """All blocks, without arithmetic."""

@@ -45,12 +45,14 @@ def offloaded(folder: Path, share: float = 0.5, **more: Any) -> tuple[nn.Module,
     return model, x
 
 
-def settled(session: Any) -> Any:
-    seen = None
-    while seen != (now := session.engine.stats().copy_ns):
-        seen = now
-        time.sleep(0.02)
-    return session.stats()
+def settled(session: Any) -> OffloadReport:
+    """The report once nothing is on its way any more."""
+    moving = (_core.BlockStatus.requested, _core.BlockStatus.copying)
+    engine = session.engine
+    while any(engine.block_stats(i).state in moving for i in range(len(engine))):
+        time.sleep(0.01)
+    report: OffloadReport = session.stats()
+    return report
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 2.0])

@@ -21,7 +21,7 @@ from .blocks import Block, Division, divide, touches_of
 from .pressure import Pressure, PressureEvent
 from .session import Lent, OffloadSession
 from .store import LARGE_PAGE, PAGE, SMALL, BlockStore, empty_specs
-from .turns import PipelineSession, Turns, components_of
+from .pipeline import PipelineSession, Turns, components_of
 
 SLOTS, DEPTH, THREADS = 3, 1, 2
 

@@ -25,7 +25,7 @@ from .report import Seen
 from .store import BlockStore, Place
 
 if TYPE_CHECKING:
-    from .turns import Turns
+    from .pipeline import Turns
 
 
 class Lent:
