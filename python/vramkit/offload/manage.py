@@ -70,16 +70,16 @@ def enable_vram_management(
     def around(inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         with first:
             if model.__dict__.get("forward") is lent:  # else another thread was faster
-                del model.__dict__["forward"]
+                lent.end(for_good=False)
                 try:
                     touches = touches_of(model, by_name(model, args, kwargs))
                     start(model, divide(model, touches), limit, buffer, where)
                 except BaseException:
-                    model.__dict__["forward"] = lent  # nothing runs whole unasked
+                    lent.begin()  # nothing runs whole unasked
                     raise
         return model.forward(*args, **kwargs)
 
-    lent = model.__dict__["forward"] = Lent(model, around)
+    lent = Lent(model, around)
     return model
 
 
@@ -106,7 +106,7 @@ def start(
     fixed = weight_bytes(model) - moved
     store = BlockStore(model, division.blocks, folder)
 
-    def make_engine(room: int) -> _core.Engine:
+    def make_engine(division: Division, store: BlockStore, room: int) -> _core.Engine:
         blocks = [
             _core.BlockSpec(", ".join(block.entries), size, [_core.Extent(0, at, 0, size)])
             for block, at, size in zip(division.blocks, store.starts, store.sizes, strict=True)
@@ -119,7 +119,7 @@ def start(
             depth=DEPTH,
             slots=SLOTS,
             threads=THREADS,
-            granularity=4096 if moved < SMALL else 2 << 20,
+            granularity=4096 if store.nbytes < SMALL else 2 << 20,
         )
 
     try:

@@ -1,63 +1,56 @@
-"""A model that runs while most of its weights are elsewhere: its modules are lent their blocks.
+"""A model that is offloaded: what its blocks' calls do, and what may be done to it meanwhile.
 
-The forward of each entry module is wrapped. While it runs, the parameters of its block are views
-of the engine's slot; before and after, of the store, so that who looks at the model from outside
-never sees a slot. Nor do gradients: what autograd keeps of a slot, it keeps as a view of the store.
+A parameter is a view of the store at all times, except within the calls of its block: there it is a
+view of the block's place in the engine's arena. What was changed since a block's last call goes to
+the store's file before the next; what came or went is noticed when the model is called.
 """
 
 from __future__ import annotations
 
 import threading
 import types
-import weakref
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import _core
-from ..errors import VramkitError
-from ..sizes import parse_size
+from ..errors import BudgetError, VramkitError
+from ..sizes import format_size, parse_size
 from .blocks import Division
+from .gradients import Kept, saving
+from .lent import Lent, Uncompiled, not_a_graph, refuse_freezing
+from .membership import Owners, check_on_the_cpu, division_of, survey
+from .pages import Pages
 from .store import BlockStore, Place
 
+__all__ = ["Lent", "OffloadSession", "OffloadWarning"]
 
-class Lent:
-    """A forward that runs inside `around`. Copies and files of its module hold the plain one."""
 
-    def __init__(self, module: nn.Module, around: Callable[..., Any]) -> None:
-        self.module = module
-        self.inner = module.forward
-        self.around = around
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's forward."""
-        return self.around(self.inner, args, kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        copied = memo.get(id(self.module))
-        if copied is None:
-            return self.inner
-        return types.MethodType(type(self.module).forward, copied)
-
-    def __reduce__(self) -> Any:
-        return getattr, (self.module, "forward")  # the class's: a module is read before its state
+class OffloadWarning(UserWarning):
+    """Something that is done for an offloaded model cannot be done as well as elsewhere."""
 
 
 class _Guest:
     """One block as the session sees it: its parameters, where they lie, who is inside."""
 
-    def __init__(self, places: list[Place], views: list[Tensor]) -> None:
-        self.places = places
+    def __init__(self, entries: Sequence[nn.Module]) -> None:
+        self.entries = list(entries)
+        self.index: int | None = None  # in the engine; None: it has no parameters any more
         self.inside = 0
+        self.places: list[Place] = []
         self.slots: dict[int, list[Tensor]] = {}  # by address in the arena
-        self.home(views)
 
     def home(self, views: list[Tensor]) -> None:
         """The views of the store, and the versions that the parameters had there."""
         self.views = views
         self.versions = [place.parameter._version for place in self.places]
+        starts = [view.data_ptr() for view in views if view.numel()]
+        ends = [v.data_ptr() + place.nbytes for v, place in zip(views, self.places, strict=True)]
+        self.address = min(starts, default=0)
+        self.nbytes = max(ends, default=0) - self.address
 
 
 class OffloadSession:
@@ -75,25 +68,29 @@ class OffloadSession:
         model: nn.Module,
         division: Division,
         store: BlockStore,
-        make_engine: Callable[[int], _core.Engine],
+        make_engine: Callable[[Division, BlockStore, int], _core.Engine],
         *,
         limit: int,
         buffer_bytes: int,
         fixed_bytes: int,
     ) -> None:
-        self.division, self.store, self._model = division, store, weakref.ref(model)
-        self.fixed_bytes, self.buffer_bytes = fixed_bytes, buffer_bytes
+        self.division, self.store, self._model = division, store, model
+        self.fixed_bytes, self.buffer_bytes, self._limit = fixed_bytes, buffer_bytes, limit
         self._make_engine = make_engine
         self._lock = threading.RLock()
+        self._depth = 0  # of calls of blocks, one within the other
+        self._read_by_backward: _Guest | None = None
+        self._pages = _pages()
         self._guests = [
-            _Guest(places, views) for places, views in zip(store.places, store.views, strict=True)
+            _Guest([model.get_submodule(entry) for entry in block.entries])
+            for block in division.blocks
         ]
-        self._wrapped: list[nn.Module] = []
-        self._room = max(0, limit - buffer_bytes - fixed_bytes)
+        self._move_in(list(range(len(self._guests))))
         self._start_engine()
-        for index, block in enumerate(division.blocks):
-            for entry in block.entries:
-                self._wrap(model.get_submodule(entry), index)
+        self._lent = [Lent(model, self._around_the_model())]
+        for guest in self._guests:
+            around = self._around_a_block(guest)
+            self._lent += [Lent(module, around) for module in guest.entries]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copy of the model is a resident one."""
@@ -102,36 +99,62 @@ class OffloadSession:
     def __reduce__(self) -> Any:
         return type(None), ()
 
+    def _move_in(self, indices: Sequence[int | None]) -> None:
+        """Every block has the parameters that the store has for it."""
+        for guest, index in zip(self._guests, indices, strict=True):
+            guest.index = index
+            guest.places = [] if index is None else self.store.places[index]
+            guest.home([] if index is None else self.store.views[index])
+        parameters = [[place.parameter for place in guest.places] for guest in self._guests]
+        self._moved = {id(p) for found in parameters for p in found}
+        self._owners = Owners(self._model, parameters)
+
+    def _room(self) -> int:
+        return max(0, self._limit - self.buffer_bytes - self.fixed_bytes)
+
     def _start_engine(self) -> None:
-        self.engine = self._make_engine(self._room)
+        self.engine = self._make_engine(self.division, self.store, self._room())
         self._arena = torch.frombuffer(self.engine.view(), dtype=torch.uint8)
         for guest in self._guests:
             guest.slots = {}
 
-    def _wrap(self, module: nn.Module, index: int) -> None:
+    def _around_the_model(self) -> Callable[..., Any]:
+        @not_a_graph
         def around(inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-            with self._lock:
-                self._enter(index)
+            with Uncompiled() as compiler:
+                with self._lock:
+                    self._look_at_the_model()
+                return compiler.again(inner, args, kwargs)
+
+        return around
+
+    def _around_a_block(self, guest: _Guest) -> Callable[..., Any]:
+        @not_a_graph
+        def around(inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+            with Uncompiled() as compiler, self._lock:
+                if compiler.compiling:
+                    refuse_freezing()
+                self._enter(guest)
                 try:
-                    with self._saved_tensors():
-                        return self._apart(inner(*args, **kwargs))
+                    with saving(self._in_store):
+                        return self._apart(compiler.again(inner, args, kwargs))
                 finally:
-                    self._leave(index)
+                    self._leave(guest)
 
-        module.__dict__["forward"] = Lent(module, around)
-        self._wrapped.append(module)
+        return around
 
-    def _enter(self, index: int) -> None:
-        guest = self._guests[index]
+    def _enter(self, guest: _Guest) -> None:
+        if guest.inside == 0:
+            if self._depth == 0 and (self.engine.closed or not self._same_geometry(guest)):
+                self._rebuild()
+            if guest.index is not None:
+                self._bring(guest, guest.index)
         guest.inside += 1
-        if guest.inside > 1:
-            return
-        try:
-            self._look_for_changes(index)
-            address = self.engine.acquire(index)
-        except BaseException:
-            guest.inside -= 1
-            raise
+        self._depth += 1
+
+    def _bring(self, guest: _Guest, index: int) -> None:
+        self._look_for_changes(guest)
+        address = self.engine.acquire(index)
         views = guest.slots.get(address)
         if views is None:
             start = address - self.engine.base
@@ -140,56 +163,105 @@ class OffloadSession:
         for place, view in zip(guest.places, views, strict=True):
             place.parameter.data = view
 
-    def _leave(self, index: int) -> None:
-        guest = self._guests[index]
+    def _leave(self, guest: _Guest) -> None:
         guest.inside -= 1
-        if guest.inside:
+        self._depth -= 1
+        if guest.inside or guest.index is None:
             return
         for place, view, version in zip(guest.places, guest.views, guest.versions, strict=True):
             if place.parameter._version != version:  # changed in the slot: the store learns of it
                 view.copy_(place.parameter.data)
             place.parameter.data = view
-        self.engine.release(index)
+        self.engine.release(guest.index)
 
-    def _look_for_changes(self, index: int) -> None:
-        """Parameters that were changed since the block was last called go to the store's file."""
-        guest = self._guests[index]
-        changed = False
-        for place, view, version in zip(guest.places, guest.views, guest.versions, strict=True):
-            parameter = place.parameter
-            if parameter.dtype != view.dtype or parameter.shape != view.shape:
-                raise VramkitError(
-                    f"a parameter of block {index} is {parameter.dtype} {tuple(parameter.shape)} "
-                    f"now and was {view.dtype} {tuple(view.shape)} when the model was offloaded; "
-                    "disable the offloading first, and enable it again afterwards"
-                )
-            changed |= parameter._version != version or parameter.data_ptr() != view.data_ptr()
-        if changed:
-            self.store.rewrite(index)
-            guest.home(self.store.views[index])
-            self.engine.close()
+    def _look_at_the_model(self) -> None:
+        """Parameters that came or went since the last call: blocks and limit follow."""
+        if self._depth:
+            return  # a block calls the model again
+        found, fixed = survey(self._model, self._moved)
+        if found != len(self._moved) or self.engine.closed:
+            self._rebuild()
+        elif fixed != self.fixed_bytes:
+            self._set_room(self._limit, fixed)
+
+    def _set_room(self, limit: int, fixed: int) -> None:
+        """Another limit, or another part of it that stays. BudgetError: all is as it was."""
+        before = self._limit, self.fixed_bytes
+        self._limit, self.fixed_bytes = limit, fixed
+        try:
+            with _Terms(self):
+                try:
+                    self.engine.resize(self._room())
+                except BudgetError:
+                    if self._depth:
+                        raise
+                    self.engine.close()
+                    self._start_engine()  # a new one can do with fewer slots
+        except BaseException:
+            self._limit, self.fixed_bytes = before
+            if self.engine.closed:
+                self._start_engine()
+            raise
+
+    def _rebuild(self) -> None:
+        """A new store and engine for parameters that are others now, or of another geometry."""
+        parameters = self._owners.blocks_now(self._model, len(self._guests))
+        for found in parameters:
+            check_on_the_cpu(found)
+        entries = [guest.entries for guest in self._guests]
+        division, indices = division_of(self._model, parameters, entries, self.division)
+        store = BlockStore(self._model, division.blocks, self.store.path.parent)
+        self.engine.close()
+        self.store.discard()
+        self.division, self.store = division, store
+        self._move_in(indices)
+        self.fixed_bytes = survey(self._model, self._moved)[1]
+        with _Terms(self):
             self._start_engine()
 
-    def _saved_tensors(self) -> Any:
-        """Where gradients are on: what autograd keeps of a slot is kept as a view of the store."""
-        if not torch.is_grad_enabled():
-            return _NOTHING
-        outer = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    @staticmethod
+    def _same_geometry(guest: _Guest) -> bool:
+        return all(
+            place.parameter.dtype == view.dtype
+            and place.parameter.shape == view.shape
+            and place.parameter.device == view.device
+            for place, view in zip(guest.places, guest.views, strict=True)
+        )
 
-        def pack(tensor: Tensor) -> Any:
-            kept = self._in_store(tensor)
-            if kept is not None:
-                return (None, kept)
-            return (outer[1], outer[0](tensor)) if outer else (None, tensor)
+    def _changed(self, guest: _Guest) -> bool:
+        """Whether a parameter was written since the block was last called, in whatever way."""
+        for place, view, version in zip(guest.places, guest.views, guest.versions, strict=True):
+            parameter = place.parameter
+            if parameter._version != version or parameter.data_ptr() != view.data_ptr():
+                return True
+        if self._pages is None or not guest.nbytes:
+            return False
+        found = self._pages.look(guest.address, guest.nbytes)
+        if found.present and not found.written:
+            self._pages.drop(guest.address, guest.nbytes)  # it was read here, beside its calls
+        return found.written
 
-        def unpack(packed: Any) -> Tensor:
-            unpack_outer, value = packed
-            return unpack_outer(value) if unpack_outer else value
+    def _look_for_changes(self, guest: _Guest) -> None:
+        """Parameters that were changed since the block was last called go to the store's file."""
+        if not self._changed(guest):
+            return
+        if self._depth:
+            raise VramkitError(
+                f"a weight of block {guest.index} was changed within the call of another block; "
+                "change weights between calls"
+            )
+        others = (g for g in self._guests if g is not guest and g.index is not None)
+        for changed in [guest, *(g for g in others if self._same_geometry(g) and self._changed(g))]:
+            assert changed.index is not None
+            self.store.rewrite(changed.index)
+            changed.home(self.store.views[changed.index])
+        self.engine.close()
+        self._start_engine()
 
-        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
-
-    def _in_store(self, tensor: Tensor) -> Tensor | None:
+    def _in_store(self, tensor: Tensor) -> Kept | None:
         """The same view of the store, for a tensor that lies in a slot."""
+        if type(tensor) is not Tensor and not isinstance(tensor, nn.Parameter):
+            return None
         address = tensor.untyped_storage().data_ptr()
         if not 0 <= address - self.engine.base < self.engine.reserved:
             return None
@@ -200,12 +272,25 @@ class OffloadSession:
             for place, view in zip(guest.places, guest.views, strict=True):
                 offset = first - place.parameter.data_ptr()
                 if 0 <= offset < place.nbytes:
-                    return view.as_strided(
+                    kept = view.as_strided(
                         tensor.shape,
                         tensor.stride(),
                         view.storage_offset() + offset // tensor.element_size(),
                     )
+                    parameter = place.parameter
+                    return Kept(kept, parameter, parameter._version, self._reader(guest))
         raise VramkitError("autograd keeps a tensor in a slot whose block is not being called")
+
+    def _reader(self, guest: _Guest) -> Callable[[], None]:
+        def reads() -> None:
+            before, self._read_by_backward = self._read_by_backward, guest
+            if before is None or before is guest or self._pages is None or not before.nbytes:
+                return
+            found = self._pages.look(before.address, before.nbytes)
+            if found.present and not found.written:
+                self._pages.drop(before.address, before.nbytes)
+
+        return reads
 
     def _apart(self, result: Any) -> Any:
         """Results that are views of a slot, as copies: the slot will hold something else."""
@@ -233,28 +318,62 @@ class OffloadSession:
 
         Raises BudgetError, with nothing changed, for less than one block needs.
         """
-        room = parse_size(vram_limit) - self.buffer_bytes - self.fixed_bytes
+        limit = parse_size(vram_limit)
         with self._lock:
-            self.engine.resize(max(0, room))
-            self._room = room
+            if not self.engine.closed:
+                self._set_room(limit, self.fixed_bytes)
+            else:
+                self._limit = limit
+                self._rebuild()
 
     def disable(self) -> None:
         """The model as it was before: plain forwards, and parameters of its own in memory."""
         with self._lock:
-            for module in self._wrapped:
-                del module.__dict__["forward"]
-            self._wrapped = []
+            if self._depth:
+                raise VramkitError("a block is being called; disable the offloading afterwards")
+            for lent in self._lent:
+                lent.end()
+            self._lent = []
             self.engine.close()
             self.store.release()
-            object.__setattr__(self._model(), "vramkit_session", None)
+            object.__setattr__(self._model, "vramkit_session", None)
 
 
-class _Nothing:
+class _Terms:
+    """Turns what the engine needs into the limit that the user would have to give."""
+
+    def __init__(self, session: OffloadSession) -> None:
+        self.session = session
+
     def __enter__(self) -> None:
         return None
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: object, trace: types.TracebackType | None
+    ) -> None:
+        if not isinstance(error, BudgetError):
+            return
+        session = self.session
+        needed = error.needed_bytes + session.fixed_bytes + session.buffer_bytes
+        raise BudgetError(
+            f"no room for the slots within {format_size(session._limit)}: the smallest limit that "
+            f"would do is {format_size(needed)} ({needed} B), of which "
+            f"{format_size(session.fixed_bytes)} always stay in memory (what came since the model "
+            f"was offloaded, such as adapters, included) and {format_size(session.buffer_bytes)} "
+            "are buffer; model.vramkit_session.resize(…), or disable() and enable again",
+            needed,
+        ) from None
+
+
+def _pages() -> Pages | None:
+    try:
+        return Pages()
+    except OSError as error:
+        warnings.warn(
+            f"this system does not say which pages were written ({error}): a change of an "
+            "offloaded weight through `.data` or a pointer, as PEFT merges adapters, will not be "
+            "seen; disable the offloading before such changes",
+            OffloadWarning,
+            stacklevel=4,
+        )
         return None
-
-
-_NOTHING = _Nothing()

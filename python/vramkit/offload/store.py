@@ -115,12 +115,19 @@ class BlockStore:
         for place, view in zip(self.places[block], self.views[block], strict=True):
             place.parameter.data = view
 
+    def discard(self) -> None:
+        """The file goes; what its parameters hold is in another store."""
+        self.views = []
+        self._remove()
+
     def release(self) -> None:
         """Parameters become tensors of their own again, and the file goes."""
         for places, views in zip(self.places, self.views, strict=True):
             for place, view in zip(places, views, strict=True):
-                own = torch.empty_strided(view.shape, view.stride(), dtype=view.dtype)
-                place.parameter.data = own.copy_(view)
+                now = place.parameter.data
+                if now.data_ptr() == view.data_ptr():  # else it has memory of its own already
+                    own = torch.empty_strided(view.shape, view.stride(), dtype=view.dtype)
+                    place.parameter.data = own.copy_(now)
         self.views = []
         self._remove()
 
