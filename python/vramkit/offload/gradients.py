@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .lent import Uncompiled, not_a_graph
+
 
 class Kept(NamedTuple):
     """A weight, or a view of one, as backward will need it."""
@@ -50,16 +52,20 @@ def saving(in_store: Callable[[Tensor], Kept | None]) -> Any:
         return _NOTHING
     outer = torch._C._autograd._top_saved_tensors_default_hooks(True)
 
+    @not_a_graph
     def pack(tensor: Tensor) -> Any:
-        kept = in_store(tensor)
+        with Uncompiled():
+            kept = in_store(tensor)
         if kept is not None:
             return (None, kept)
         return (outer[1], outer[0](tensor)) if outer else (None, tensor)
 
+    @not_a_graph
     def unpack(packed: Any) -> Tensor:
         unpack_outer, value = packed
         if isinstance(value, Kept) and unpack_outer is None:
-            return value.checked()
+            with Uncompiled():
+                return value.checked()
         found: Tensor = unpack_outer(value) if unpack_outer else value
         return found
 

@@ -5,14 +5,30 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 import torch._C._dynamo.eval_frame as _frames
 from torch import nn
 
 from ..errors import VramkitError
+from .ordering import Station, activation_in
 
-Around = Callable[[Callable[..., Any], Any, Any], Any]
+F = TypeVar("F", bound=Callable[..., Any])
+Around = Callable[["Lent", Any, Any], Any]
+
+
+def not_a_graph(function: F) -> F:
+    """Marks a function as one that `torch.compile` ends its graphs before; what it calls may be.
+
+    As `torch._dynamo.skip` does, whose import takes a second.
+    """
+    skip = _frames._FrameExecStrategy(_frames._FrameAction.SKIP, _frames._FrameAction.DEFAULT)
+    _frames.set_code_exec_strategy(function.__code__, skip)
+    marked: Any = function
+    marked._torchdynamo_disable = True
+    marked._torchdynamo_disable_msg = "an offloaded module's blocks come and go here"
+    return function
 
 
 class Lent:
@@ -21,9 +37,10 @@ class Lent:
     `inspect.signature` sees the module's own forward, which transformers asks for its arguments.
     """
 
-    def __init__(self, module: nn.Module, around: Around) -> None:
+    def __init__(self, module: nn.Module, around: Around, station: Station | None = None) -> None:
         self.module = module
         self.around: Around | None = around
+        self.key = None if station is None else station.key
         self.before: Callable[..., Any] | None = None
         self.begin()
 
@@ -55,10 +72,26 @@ class Lent:
             self.module.__dict__["forward"] = self.before
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's forward."""
+        """The module's forward; where it is compiled without gradients, between operators."""
         if self.around is None:
-            return self.inner(*args, **kwargs)
-        return self.around(self.inner, args, kwargs)
+            return self._own(args, kwargs)
+        if torch.compiler.is_dynamo_compiling() and not torch.is_grad_enabled():
+            activation = activation_in((args, kwargs))
+            if self.key is not None and activation is not None:
+                torch.ops.vramkit_offload.before(activation, self.key)
+                try:  # a graph that would end within it is not begun: then `around` is called
+                    result = self._own(args, kwargs)
+                    activation = activation_in(result)
+                finally:
+                    if activation is not None:
+                        torch.ops.vramkit_offload.after(activation, self.key)
+                return result
+        return self.around(self, args, kwargs)
+
+    def _own(self, args: Any, kwargs: Any) -> Any:
+        if self.before is not None:
+            return self.before(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         copied = memo.get(id(self.module))
@@ -73,16 +106,18 @@ class Lent:
 class Uncompiled:
     """Within it `torch.compile` follows no call; `again()` lets it follow one.
 
-    What an offloaded module does beside its own forward concerns threads and addresses, which no
-    graph can hold: a graph ends before it. The module's own forward becomes a graph of its own.
+    Where gradients are kept, a module's blocks come and go outside of graphs: these end before it,
+    and its own forward may become another.
     """
 
     __slots__ = ("callback",)
 
+    @not_a_graph
     def __enter__(self) -> Uncompiled:
         self.callback = _frames.set_eval_frame(None)
         return self
 
+    @not_a_graph
     def __exit__(self, *error: object) -> None:
         _frames.set_eval_frame(self.callback)
 
@@ -91,6 +126,7 @@ class Uncompiled:
         """Whether the call comes from something compiled."""
         return callable(self.callback)
 
+    @not_a_graph
     def again(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """The function's result; it may be compiled."""
         if self.callback is None:
@@ -100,21 +136,6 @@ class Uncompiled:
             return function(*args, **kwargs)
         finally:
             _frames.set_eval_frame(None)
-
-
-def not_a_graph(function: Any) -> Any:
-    """Marks a function as one that `torch.compile` ends its graphs before; what it calls may be.
-
-    As `torch._dynamo.skip` does, whose import takes a second.
-    """
-    skip = _frames._FrameExecStrategy(_frames._FrameAction.SKIP, _frames._FrameAction.DEFAULT)
-    _frames.set_code_exec_strategy(function.__code__, skip)
-    function._torchdynamo_disable = True
-    function._torchdynamo_disable_msg = "an offloaded module's blocks come and go here"
-    return function
-
-
-Lent.__call__ = not_a_graph(Lent.__call__)  # type: ignore[method-assign]
 
 
 def refuse_freezing() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -16,7 +15,8 @@ from ..first_run import by_name
 from ..probing import cache_folder
 from ..sizes import format_size, parse_size
 from .blocks import Division, divide, touches_of
-from .session import Lent, OffloadSession
+from .lent import Lent, Uncompiled, not_a_graph
+from .session import OffloadSession
 from .store import BlockStore
 
 SLOTS, DEPTH, THREADS = 3, 1, 2
@@ -67,19 +67,21 @@ def enable_vram_management(
 
     first = threading.Lock()
 
-    def around(inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        with first:
-            if model.__dict__.get("forward") is lent:  # else another thread was faster
-                lent.end(for_good=False)
-                try:
-                    touches = touches_of(model, by_name(model, args, kwargs))
-                    start(model, divide(model, touches), limit, buffer, where)
-                except BaseException:
-                    lent.begin()  # nothing runs whole unasked
-                    raise
-        return model.forward(*args, **kwargs)
+    @not_a_graph
+    def around(lent: Lent, args: Any, kwargs: Any) -> Any:
+        with Uncompiled() as compiler:
+            with first:
+                if model.__dict__.get("forward") is lent:  # else another thread was faster
+                    lent.end(for_good=False)
+                    try:
+                        touches = touches_of(model, by_name(model, args, kwargs))
+                        start(model, divide(model, touches), limit, buffer, where)
+                    except BaseException:
+                        lent.begin()  # nothing runs whole unasked
+                        raise
+            return compiler.again(model.forward, args, kwargs)
 
-    lent = Lent(model, around)
+    Lent(model, around)  # takes the place of the model's forward
     return model
 
 

@@ -7,7 +7,6 @@ the store's file before the next; what came or went is noticed when the model is
 
 from __future__ import annotations
 
-import threading
 import types
 import warnings
 from collections.abc import Callable, Sequence
@@ -23,8 +22,10 @@ from .blocks import Division
 from .gradients import Kept, saving
 from .lent import Lent, Uncompiled, not_a_graph, refuse_freezing
 from .membership import Owners, check_on_the_cpu, division_of, survey
+from .ordering import Station
 from .pages import Pages
 from .store import BlockStore, Place
+from .turns import Turn
 
 __all__ = ["Lent", "OffloadSession", "OffloadWarning"]
 
@@ -77,7 +78,8 @@ class OffloadSession:
         self.division, self.store, self._model = division, store, model
         self.fixed_bytes, self.buffer_bytes, self._limit = fixed_bytes, buffer_bytes, limit
         self._make_engine = make_engine
-        self._lock = threading.RLock()
+        self._lock = Turn()
+        self._in_graph: _Guest | None = None  # brought by compiled code
         self._depth = 0  # of calls of blocks, one within the other
         self._read_by_backward: _Guest | None = None
         self._pages = _pages()
@@ -87,10 +89,12 @@ class OffloadSession:
         ]
         self._move_in(list(range(len(self._guests))))
         self._start_engine()
-        self._lent = [Lent(model, self._around_the_model())]
+        self._stations = [Station(self._before_the_model, _nothing)]
+        self._lent = [Lent(model, self._around_the_model(), self._stations[0])]
         for guest in self._guests:
-            around = self._around_a_block(guest)
-            self._lent += [Lent(module, around) for module in guest.entries]
+            around, station = self._around_a_block(guest), self._station(guest)
+            self._stations.append(station)
+            self._lent += [Lent(module, around, station) for module in guest.entries]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copy of the model is a resident one."""
@@ -120,28 +124,62 @@ class OffloadSession:
 
     def _around_the_model(self) -> Callable[..., Any]:
         @not_a_graph
-        def around(inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        def around(lent: Lent, args: Any, kwargs: Any) -> Any:
             with Uncompiled() as compiler:
-                with self._lock:
-                    self._look_at_the_model()
-                return compiler.again(inner, args, kwargs)
+                self._before_the_model()
+                return compiler.again(lent.inner, args, kwargs)
 
         return around
 
     def _around_a_block(self, guest: _Guest) -> Callable[..., Any]:
         @not_a_graph
-        def around(inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        def around(lent: Lent, args: Any, kwargs: Any) -> Any:
             with Uncompiled() as compiler, self._lock:
                 if compiler.compiling:
                     refuse_freezing()
+                self._leave_graph()
                 self._enter(guest)
                 try:
                     with saving(self._in_store):
-                        return self._apart(compiler.again(inner, args, kwargs))
+                        return self._apart(compiler.again(lent.inner, args, kwargs))
                 finally:
                     self._leave(guest)
 
         return around
+
+    def _station(self, guest: _Guest) -> Station:
+        """The same for compiled code, which has at most one block at a time.
+
+        One that is called within another's call takes its turn over: what is left of the outer one
+        reads the store.
+        """
+
+        def before() -> None:
+            with self._lock:
+                refuse_freezing()
+                self._leave_graph()
+                self._enter(guest)
+                self._in_graph = guest
+                self._lock.hold()
+
+        def after() -> None:
+            with self._lock:
+                if self._in_graph is guest:
+                    self._leave_graph()
+
+        return Station(before, after)
+
+    def _leave_graph(self) -> None:
+        """The end of a block's call in compiled code, there or where that has failed."""
+        guest, self._in_graph = self._in_graph, None
+        if guest is not None:
+            self._lock.let_go()
+            self._leave(guest)
+
+    def _before_the_model(self) -> None:
+        with self._lock:
+            self._leave_graph()
+            self._look_at_the_model()
 
     def _enter(self, guest: _Guest) -> None:
         if guest.inside == 0:
@@ -320,6 +358,7 @@ class OffloadSession:
         """
         limit = parse_size(vram_limit)
         with self._lock:
+            self._leave_graph()
             if not self.engine.closed:
                 self._set_room(limit, self.fixed_bytes)
             else:
@@ -329,6 +368,7 @@ class OffloadSession:
     def disable(self) -> None:
         """The model as it was before: plain forwards, and parameters of its own in memory."""
         with self._lock:
+            self._leave_graph()
             if self._depth:
                 raise VramkitError("a block is being called; disable the offloading afterwards")
             for lent in self._lent:
@@ -337,6 +377,10 @@ class OffloadSession:
             self.engine.close()
             self.store.release()
             object.__setattr__(self._model, "vramkit_session", None)
+
+
+def _nothing() -> None:
+    return None
 
 
 class _Terms:
