@@ -56,6 +56,10 @@ def through_data(model: Chain) -> None:
         layer.bias.data.mul_(-1)
 
 
+def by_transposing_in_place(model: Chain) -> None:
+    model.layers[3].weight.data = model.layers[3].weight.data.t()
+
+
 def through_a_kept_alias(model: Chain) -> None:
     alias = model.layers[2].weight.data
     with torch.no_grad():
@@ -135,9 +139,9 @@ def by_weight_norm(model: Chain) -> None:
 
 
 CHANGES: list[Callable[[Chain], None]] = [
-    through_numpy, through_data, through_a_kept_alias, by_assignment, by_loading, by_assigning_all,
-    by_pruning, by_pruning_for_good, by_converting, by_converting_and_restoring, by_a_new_layer,
-    by_tying, by_a_cast_of_one_layer, by_parametrizing, by_weight_norm,
+    through_numpy, through_data, by_transposing_in_place, through_a_kept_alias, by_assignment,
+    by_loading, by_assigning_all, by_pruning, by_pruning_for_good, by_converting,
+    by_converting_and_restoring, by_a_new_layer, by_tying, by_a_cast_of_one_layer, by_parametrizing, by_weight_norm,
 ]  # fmt: skip
 
 

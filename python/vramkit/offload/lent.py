@@ -42,6 +42,7 @@ class Lent:
         self.around: Around | None = around
         self.key = None if station is None else station.key
         self.before: Callable[..., Any] | None = None
+        self.__name__ = "forward"  # which accelerate's hooks and other wrappers ask for
         self.begin()
 
     @property

@@ -7,6 +7,7 @@ the store's file before the next; what came or went is noticed when the model is
 
 from __future__ import annotations
 
+import enum
 import types
 import warnings
 from collections.abc import Callable, Sequence
@@ -34,6 +35,14 @@ class OffloadWarning(UserWarning):
     """Something that is done for an offloaded model cannot be done as well as elsewhere."""
 
 
+class _State(enum.Enum):
+    """Of a block's parameters, against what its store and the engine have."""
+
+    SAME = enum.auto()
+    WRITTEN = enum.auto()
+    OTHER = enum.auto()  # of another dtype, shape or device
+
+
 class _Guest:
     """One block as the session sees it: its parameters, where they lie, who is inside."""
 
@@ -48,6 +57,7 @@ class _Guest:
         """The views of the store, and the versions that the parameters had there."""
         self.views = views
         self.versions = [place.parameter._version for place in self.places]
+        self.geometry = [(v.data_ptr(), v.dtype, v.shape, v.stride()) for v in views]
         starts = [view.data_ptr() for view in views if view.numel()]
         ends = [v.data_ptr() + place.nbytes for v, place in zip(views, self.places, strict=True)]
         self.address = min(starts, default=0)
@@ -183,15 +193,27 @@ class OffloadSession:
 
     def _enter(self, guest: _Guest) -> None:
         if guest.inside == 0:
-            if self._depth == 0 and (self.engine.closed or not self._same_geometry(guest)):
-                self._rebuild()
+            state = _State.OTHER if self.engine.closed else self._state(guest)
+            if state is not _State.SAME:
+                self._follow(guest, state)
             if guest.index is not None:
                 self._bring(guest, guest.index)
         guest.inside += 1
         self._depth += 1
 
+    def _follow(self, guest: _Guest, state: _State) -> None:
+        """The file and the engine have what the block's parameters are now."""
+        if self._depth:
+            raise VramkitError(
+                f"a weight of block {guest.index} was changed within the call of another block; "
+                "change weights between calls"
+            )
+        if state is _State.WRITTEN:
+            self._write_back(guest)
+        else:
+            self._rebuild()
+
     def _bring(self, guest: _Guest, index: int) -> None:
-        self._look_for_changes(guest)
         address = self.engine.acquire(index)
         views = guest.slots.get(address)
         if views is None:
@@ -257,42 +279,36 @@ class OffloadSession:
         with _Terms(self):
             self._start_engine()
 
-    @staticmethod
-    def _same_geometry(guest: _Guest) -> bool:
-        return all(
-            place.parameter.dtype == view.dtype
-            and place.parameter.shape == view.shape
-            and place.parameter.device == view.device
-            for place, view in zip(guest.places, guest.views, strict=True)
-        )
-
-    def _changed(self, guest: _Guest) -> bool:
-        """Whether a parameter was written since the block was last called, in whatever way."""
-        for place, view, version in zip(guest.places, guest.views, guest.versions, strict=True):
+    def _state(self, guest: _Guest) -> _State:
+        """What was done to a block's parameters since it was last called, in whatever way."""
+        changed = False
+        for place, version, found in zip(guest.places, guest.versions, guest.geometry, strict=True):
             parameter = place.parameter
-            if parameter._version != version or parameter.data_ptr() != view.data_ptr():
-                return True
+            pointer, dtype, shape, stride = found
+            if parameter.dtype != dtype or parameter.shape != shape or not parameter.is_cpu:
+                return _State.OTHER
+            if (
+                parameter._version != version
+                or parameter.data_ptr() != pointer
+                or parameter.stride() != stride
+            ):
+                changed = True
+        if changed:
+            return _State.WRITTEN
         if self._pages is None or not guest.nbytes:
-            return False
-        found = self._pages.look(guest.address, guest.nbytes)
-        if found.present and not found.written:
+            return _State.SAME
+        look = self._pages.look(guest.address, guest.nbytes)
+        if look.present and not look.written:
             self._pages.drop(guest.address, guest.nbytes)  # it was read here, beside its calls
-        return found.written
+        return _State.WRITTEN if look.written else _State.SAME
 
-    def _look_for_changes(self, guest: _Guest) -> None:
-        """Parameters that were changed since the block was last called go to the store's file."""
-        if not self._changed(guest):
-            return
-        if self._depth:
-            raise VramkitError(
-                f"a weight of block {guest.index} was changed within the call of another block; "
-                "change weights between calls"
-            )
-        others = (g for g in self._guests if g is not guest and g.index is not None)
-        for changed in [guest, *(g for g in others if self._same_geometry(g) and self._changed(g))]:
-            assert changed.index is not None
-            self.store.rewrite(changed.index)
-            changed.home(self.store.views[changed.index])
+    def _write_back(self, first: _Guest) -> None:
+        """Parameters that were changed since their blocks were last called go to the file."""
+        others = (g for g in self._guests if g is not first and g.index is not None)
+        for guest in [first, *(g for g in others if self._state(g) is _State.WRITTEN)]:
+            assert guest.index is not None
+            self.store.rewrite(guest.index)
+            guest.home(self.store.views[guest.index])
         self.engine.close()
         self._start_engine()
 
