@@ -141,7 +141,8 @@ def by_weight_norm(model: Chain) -> None:
 CHANGES: list[Callable[[Chain], None]] = [
     through_numpy, through_data, by_transposing_in_place, through_a_kept_alias, by_assignment,
     by_loading, by_assigning_all, by_pruning, by_pruning_for_good, by_converting,
-    by_converting_and_restoring, by_a_new_layer, by_tying, by_a_cast_of_one_layer, by_parametrizing, by_weight_norm,
+    by_converting_and_restoring, by_a_new_layer, by_tying, by_a_cast_of_one_layer,
+    by_parametrizing, by_weight_norm,
 ]  # fmt: skip
 
 
@@ -303,6 +304,91 @@ def test_the_library_next_to_it_is_left_in_place(tmp_path: Path) -> None:
             model.vramkit_session.disable()
     assert model.layers[1].__dict__.pop("forward") is later
     assert not isinstance(model.forward, Lent)
+
+
+def test_hooks_of_accelerate_on_top(tmp_path: Path) -> None:
+    hooks = pytest.importorskip("accelerate.hooks")
+    model, twin, x = twins(tmp_path)
+
+    class Doubling(hooks.ModelHook):  # type: ignore[misc,name-defined]
+        def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return tuple(2 * arg for arg in args), kwargs
+
+        def post_forward(self, module: nn.Module, output: Any) -> Any:
+            return output + 1
+
+    def check() -> None:
+        with torch.no_grad():
+            assert torch.equal(model(x), twin(x))
+
+    for append in (False, True):
+        for one in (model, twin):
+            for module in (one, one.layers[3]):
+                hooks.add_hook_to_module(module, Doubling(), append=append)
+        check()
+    assert model.forward.__name__ == "forward"
+    for one in (model, twin):
+        for module in (one, one.layers[3]):
+            hooks.remove_hook_from_module(module)
+    assert isinstance(model.forward, Lent)
+    check()
+    for one in (model, twin):
+        hooks.add_hook_to_module(one.layers[0], Doubling())
+    model.vramkit_session.disable()  # under the hook, which stays
+    check()
+    offloaded(model, (x,), tmp_path)  # and over it
+    check()
+    assert model.vramkit_session.stats().acquires > 0
+
+
+def test_batch_norms_that_learn(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64)) for _ in range(5)]
+    model = nn.Sequential(*layers)
+    twin = copy.deepcopy(model)
+    offloaded(model, (torch.randn(4, 64),), tmp_path)
+    for _ in range(3):
+        x = torch.randn(4, 64)
+        assert torch.equal(model(x), twin(x))
+    state = model.state_dict()
+    assert all(torch.equal(state[k], v) for k, v in twin.state_dict().items())
+    assert int(state["0.1.num_batches_tracked"]) == 3
+
+
+def test_inference_mode_and_gradients_in_turn(tmp_path: Path) -> None:
+    model, x = chain()
+    twin = copy.deepcopy(model)
+    enable_vram_management(model, "1 GB", 0, folder=tmp_path)
+    for size in ("1 GB", f"{weight_bytes(model) // 2} B"):
+        with torch.inference_mode():
+            assert torch.equal(model(x), twin(x))
+            model.vramkit_session.resize(size)
+            model.layers[0].weight.mul_(2), twin.layers[0].weight.mul_(2)
+            assert torch.equal(model(x), twin(x))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(model(x), twin(x))
+        for one in (model, twin):
+            one.zero_grad()
+            one(x).square().sum().backward()
+        for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+            assert torch.equal(a.grad, b.grad)
+
+
+def test_what_cannot_be_followed_is_a_value_error(tmp_path: Path) -> None:
+    """A forward that casts its weights in every call: fake tensors refuse it, in words of torch."""
+
+    class Casting(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            self.to(torch.bfloat16)
+            out = super().forward(x.bfloat16())
+            self.to(torch.float32)
+            return out.float()
+
+    model, x = nn.Sequential(nn.Linear(64, 64), Casting(64, 64)), torch.randn(2, 64)
+    with pytest.raises(ValueError, match="could not be followed on fake tensors: in module '1'"):
+        enable_vram_management(model, "1 GB", 0, inputs=(x,), folder=tmp_path)
+    assert "forward" not in model.__dict__
+    assert model(x).shape == (2, 64)
 
 
 class Branching(nn.Module):

@@ -6,6 +6,7 @@ import os
 import threading
 from typing import Any
 
+import torch
 from torch import nn
 
 from .. import _core
@@ -95,6 +96,7 @@ def _available() -> int:
     return found
 
 
+@torch.inference_mode(False)  # what it makes lasts longer than a call
 def start(
     model: nn.Module, division: Division, limit: int, buffer: int, folder: str
 ) -> OffloadSession:

@@ -35,6 +35,10 @@ class OffloadWarning(UserWarning):
     """Something that is done for an offloaded model cannot be done as well as elsewhere."""
 
 
+# What a session makes lasts longer than the inference mode that a call may be in.
+_ordinary: Any = torch.inference_mode(False)
+
+
 class _State(enum.Enum):
     """Of a block's parameters, against what its store and the engine have."""
 
@@ -201,6 +205,7 @@ class OffloadSession:
         guest.inside += 1
         self._depth += 1
 
+    @_ordinary
     def _follow(self, guest: _Guest, state: _State) -> None:
         """The file and the engine have what the block's parameters are now."""
         if self._depth:
@@ -217,11 +222,15 @@ class OffloadSession:
         address = self.engine.acquire(index)
         views = guest.slots.get(address)
         if views is None:
-            start = address - self.engine.base
-            run = self._arena[start : start + self.store.sizes[index]]
-            views = guest.slots[address] = [place.view(run) for place in guest.places]
+            views = guest.slots[address] = self._views_at(address, guest, index)
         for place, view in zip(guest.places, views, strict=True):
             place.parameter.data = view
+
+    @_ordinary
+    def _views_at(self, address: int, guest: _Guest, index: int) -> list[Tensor]:
+        start = address - self.engine.base
+        run = self._arena[start : start + self.store.sizes[index]]
+        return [place.view(run) for place in guest.places]
 
     def _leave(self, guest: _Guest) -> None:
         guest.inside -= 1
@@ -244,6 +253,7 @@ class OffloadSession:
         elif fixed != self.fixed_bytes:
             self._set_room(self._limit, fixed)
 
+    @_ordinary
     def _set_room(self, limit: int, fixed: int) -> None:
         """Another limit, or another part of it that stays. BudgetError: all is as it was."""
         before = self._limit, self.fixed_bytes
@@ -263,6 +273,7 @@ class OffloadSession:
                 self._start_engine()
             raise
 
+    @_ordinary
     def _rebuild(self) -> None:
         """A new store and engine for parameters that are others now, or of another geometry."""
         parameters = self._owners.blocks_now(self._model, len(self._guests))
