@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 import vramkit
-from test_offload import offloaded
+from test_offload import TellingAll, offloaded
 from torch import Tensor, nn
 from vramkit.offload import turns
-from vramkit.offload.ordering import activation_in
+from vramkit.offload.ordering import activations_in
 from vramkit.offload.turns import Turn
 
 
@@ -104,8 +104,6 @@ def in_place(model: Any, counter: Counter) -> nn.Module:
     ("first", "way", "precision"),
     [
         ("compile", whole, "nf4"),
-        ("offload", whole, None),
-        ("compile", pieces, None),
         ("offload", pieces, "nf4"),
         ("offload", in_place, None),
     ],
@@ -368,7 +366,21 @@ def test_turns() -> None:
 
 
 def test_what_an_operator_may_say_it_writes() -> None:
-    x = torch.ones(2, 3)
-    assert activation_in(((1, "text"), {"a": [x]})) is x
-    assert activation_in((x.expand(4, 2, 3), torch.empty(0), {"b": x})) is x
-    assert activation_in((x.expand(4, 2, 3), None, 3)) is None
+    x, y = torch.ones(2, 3), torch.ones(2)
+    assert activations_in(((1, "text"), {"a": [x, None], "b": (y, x)})) == [x, y]
+    assert activations_in((x.expand(4, 2, 3), torch.empty(0), {"b": x})) == [x]
+    assert activations_in((x.expand(4, 2, 3), None, 3)) == []
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_results_that_are_weights(backend: str, tmp_path: Path) -> None:
+    model, x = TellingAll(), torch.randn(3, 64)
+    with torch.no_grad():
+        expected, rows = copy.deepcopy(model)(x)
+        offloaded(model, (x,), tmp_path)
+        compiled = whole(model, Counter(backend), fullgraph=True)
+        for _ in range(2):
+            found, told = compiled(x)
+            model(x * 2)
+            assert torch.equal(found, expected)
+            assert all(torch.equal(a, b) for a, b in zip(told, rows, strict=True))

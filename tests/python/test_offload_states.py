@@ -472,6 +472,19 @@ def test_a_model_that_calls_itself(tmp_path: Path) -> None:
     assert session.stats().committed <= session.stats().limit
 
 
+def test_a_model_that_calls_itself_needs_two_slots(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Calling(), torch.randn(2, 96)
+    with torch.no_grad():
+        expected = model(x, depth=1), model(x, depth=0)
+        session = offloaded(model, (x,), tmp_path).vramkit_session
+        with pytest.raises(vramkit.BudgetError, match="smallest limit that would do") as caught:
+            model(x, depth=1)
+        assert torch.equal(model(x, depth=0), expected[1])
+        session.resize(f"{caught.value.needed_bytes} B")
+        assert torch.equal(model(x, depth=1), expected[0])
+
+
 def test_hooks_that_read_weights(tmp_path: Path) -> None:
     model, twin, x = twins(tmp_path)
     seen: dict[int, list[Tensor]] = {id(model): [], id(twin): []}

@@ -12,7 +12,7 @@ import torch._C._dynamo.eval_frame as _frames
 from torch import nn
 
 from ..errors import VramkitError
-from .ordering import Station, activation_in
+from .ordering import Station, activations_in
 
 F = TypeVar("F", bound=Callable[..., Any])
 Around = Callable[["Lent", Any, Any], Any]
@@ -77,15 +77,14 @@ class Lent:
         if self.around is None:
             return self._own(args, kwargs)
         if torch.compiler.is_dynamo_compiling() and not torch.is_grad_enabled():
-            activation = activation_in((args, kwargs))
-            if self.key is not None and activation is not None:
-                torch.ops.vramkit_offload.before(activation, self.key)
+            activations = activations_in((args, kwargs))
+            if self.key is not None and activations:
+                torch.ops.vramkit_offload.before(activations[0], self.key)
                 try:  # a graph that would end within it is not begun: then `around` is called
                     result = self._own(args, kwargs)
-                    activation = activation_in(result)
+                    activations = activations_in(result)
                 finally:
-                    if activation is not None:
-                        torch.ops.vramkit_offload.after(activation, self.key)
+                    torch.ops.vramkit_offload.after(activations, self.key)
                 return result
         return self.around(self, args, kwargs)
 

@@ -25,8 +25,10 @@ _stations: weakref.WeakValueDictionary[int, Station] = weakref.WeakValueDictiona
 class Station:
     """What happens before a module's forward, and after it."""
 
-    def __init__(self, before: Callable[[], None], after: Callable[[], None]) -> None:
-        self.before, self.after = before, after
+    def __init__(
+        self, before: Callable[[], None], after: Callable[[Sequence[Tensor]], None]
+    ) -> None:
+        self.before, self.after = before, after  # `after` is told the results
         number = next(_numbers)
         self.key = torch.tensor(number)
         _stations[number] = self
@@ -38,34 +40,36 @@ def _before(activation: Tensor, key: Tensor) -> None:
         station.before()
 
 
-def _after(activation: Tensor, key: Tensor) -> None:
+def _after(results: Sequence[Tensor], key: Tensor) -> None:
     station = _stations.get(int(key))
     if station is not None:
-        station.after()
+        station.after(results)
 
 
-def _nothing(activation: Tensor, key: Tensor) -> None:
+def _nothing(activation: Any, key: Tensor) -> None:
     return None
 
 
+_library.define("before(Tensor(a!) activation, Tensor key) -> ()")
+_library.define("after(Tensor(a!)[] results, Tensor key) -> ()")
 for _name, _function in (("before", _before), ("after", _after)):
-    _library.define(f"{_name}(Tensor(a!) activation, Tensor key) -> ()")
     _library.impl(_name, _function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"vramkit_offload::{_name}", _nothing, lib=_library)
 
 
-def activation_in(values: Any) -> Tensor | None:
-    """A tensor that an operator may say it writes to, in arguments or results; None: there is none.
+def activations_in(values: Any) -> list[Tensor]:
+    """Tensors that an operator may say it writes to, in arguments or results.
 
-    Not one whose elements lie over each other, as those of `expand` do.
+    Not those whose elements lie over each other, as those of `expand` do.
     """
     if isinstance(values, Tensor):
-        return values if values.numel() > 0 and 0 not in values.stride() else None
+        return [values] if values.numel() > 0 and 0 not in values.stride() else []
     if isinstance(values, Mapping):
         values = tuple(values.values())
+    found: list[Tensor] = []
     if isinstance(values, Sequence) and not isinstance(values, str):
         for value in values:
-            found = activation_in(value)
-            if found is not None:
-                return found
-    return None
+            for tensor in activations_in(value):
+                if not any(tensor is other for other in found):
+                    found.append(tensor)
+    return found

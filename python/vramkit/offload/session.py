@@ -131,7 +131,8 @@ class OffloadSession:
         return max(0, self._limit - self.buffer_bytes - self.fixed_bytes)
 
     def _start_engine(self) -> None:
-        self.engine = self._make_engine(self.division, self.store, self._room())
+        self._planned_for = self._room()
+        self.engine = self._make_engine(self.division, self.store, self._planned_for)
         self._arena = torch.frombuffer(self.engine.view(), dtype=torch.uint8)
         for guest in self._guests:
             guest.slots = {}
@@ -176,8 +177,12 @@ class OffloadSession:
                 self._in_graph = guest
                 self._lock.hold()
 
-        def after() -> None:
+        def after(results: Sequence[Tensor]) -> None:
             with self._lock:
+                for result in results:  # backends that keep views as they are hand them on so
+                    kept = self._apart(result)
+                    if kept is not result:
+                        result.data = kept
                 if self._in_graph is guest:
                     self._leave_graph()
 
@@ -219,7 +224,8 @@ class OffloadSession:
             self._rebuild()
 
     def _bring(self, guest: _Guest, index: int) -> None:
-        address = self.engine.acquire(index)
+        with _Terms(self):
+            address = self.engine.acquire(index)
         views = guest.slots.get(address)
         if views is None:
             views = guest.slots[address] = self._views_at(address, guest, index)
@@ -260,13 +266,18 @@ class OffloadSession:
         self._limit, self.fixed_bytes = limit, fixed
         try:
             with _Terms(self):
+                # An engine keeps its slots: a new one can do with fewer, or has room for more than
+                # the one in which nothing can be loaded ahead.
+                cramped = self.engine.stats().slots == 1 and self._room() > self._planned_for
                 try:
                     self.engine.resize(self._room())
                 except BudgetError:
                     if self._depth:
                         raise
+                    cramped = True
+                if cramped and not self._depth:
                     self.engine.close()
-                    self._start_engine()  # a new one can do with fewer slots
+                    self._start_engine()
         except BaseException:
             self._limit, self.fixed_bytes = before
             if self.engine.closed:
@@ -406,7 +417,7 @@ class OffloadSession:
             object.__setattr__(self._model, "vramkit_session", None)
 
 
-def _nothing() -> None:
+def _nothing(results: Sequence[Tensor]) -> None:
     return None
 
 
