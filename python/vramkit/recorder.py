@@ -24,19 +24,23 @@ def module_paths(models: Mapping[str, nn.Module], record: Recorder) -> Iterator[
     Forward methods of the instances are wrapped, because hooks switch fast paths off that the real
     call would take. The models are skeletons that nobody else holds.
     """
-    wrapped = []
+    wrapped: dict[nn.Module, Any] = {}
     for prefix, model in models.items():
         for name, module in model.named_modules():
-            if isinstance(module, torch.jit.ScriptModule) or "forward" in module.__dict__:
+            if isinstance(module, torch.jit.ScriptModule) or module in wrapped:
                 continue
             path = ".".join(part for part in (prefix, name) if part)
+            before = module.__dict__.get("forward")  # of a library that wraps forwards too
             module.__dict__["forward"] = _within(module, path, record)
-            wrapped.append(module)
+            wrapped[module] = before
     try:
         yield
     finally:
-        for module in wrapped:
-            del module.__dict__["forward"]
+        for module, before in wrapped.items():
+            if before is None:
+                del module.__dict__["forward"]
+            else:
+                module.__dict__["forward"] = before
 
 
 _LINEAR = (nn.Linear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)

@@ -140,9 +140,6 @@ def test_changes_from_outside(tmp_path: Path) -> None:
         for one in (model, twin):
             one.load_state_dict(state)
         assert torch.equal(model(x), twin(x))
-    model.layers[1].half()
-    with torch.no_grad(), pytest.raises(vramkit.VramkitError, match="disable the offloading"):
-        model(x)
 
 
 def test_copies_and_files_are_resident_models(tmp_path: Path) -> None:

@@ -143,17 +143,29 @@ def _follow(model: nn.Module, inputs: Any, grad: bool, found: Touches) -> None:
                         for path, began in zip(calls, calls.began, strict=True)
                         if born <= began
                     )
+            if func is torch.ops.aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
+                # torch 2.11 makes these products of any floats, and says of fake ones it would not.
+                first, second = args[0].bfloat16(), args[1].bfloat16()
+                return func(first, second, *args[2:], **kwargs).to(args[0].dtype)
             return func(*args, **kwargs)
 
-    with (
-        explained(recorder),
-        module_paths({"": skeleton}, recorder),
-        dry.fake,
-        torch.set_grad_enabled(grad),
-        recorder.mode(),
-        Watch(),
-    ):
-        skeleton(*args, **kwargs)
+    try:
+        with (
+            explained(recorder),
+            module_paths({"": skeleton}, recorder),
+            dry.fake,
+            torch.set_grad_enabled(grad),
+            recorder.mode(),
+            Watch(),
+        ):
+            skeleton(*args, **kwargs)
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        # An operator of this torch that refuses fake tensors, or the model these inputs.
+        raise ValueError(
+            f"this call could not be followed on fake tensors: in module {recorder.place!r}, at "
+            f"{recorder.operator or 'its first operator'}: {type(error).__name__}: {error}. Where "
+            "the model itself runs with these inputs, this version of torch cannot trace it"
+        ) from error
 
 
 def _writes(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], tensor: Tensor) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from .. import _core
@@ -18,10 +19,11 @@ from ..first_run import by_name
 from ..probing import cache_folder
 from ..sizes import format_size, parse_size
 from .blocks import Block, Division, divide, touches_of
-from .pressure import Pressure, PressureEvent
-from .session import Lent, OffloadSession
-from .store import LARGE_PAGE, PAGE, SMALL, BlockStore, empty_specs
+from .lent import Lent, Uncompiled, not_a_graph
 from .pipeline import PipelineSession, Turns, components_of
+from .pressure import Pressure, PressureEvent
+from .session import OffloadSession
+from .store import LARGE_PAGE, PAGE, SMALL, BlockStore, empty_specs
 
 SLOTS, DEPTH, THREADS = 3, 1, 2
 
@@ -181,18 +183,20 @@ def at_first_call(model: nn.Module, begin: Callable[[Any], Any]) -> None:
     """`begin` with the inputs of the first call, before it runs; where it fails, nothing runs."""
     first = threading.Lock()
 
-    def around(inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        with first:
-            if model.__dict__.get("forward") is lent:  # else another thread was faster
-                del model.__dict__["forward"]
-                try:
-                    begin(by_name(model, args, kwargs))
-                except BaseException:
-                    model.__dict__["forward"] = lent  # nothing runs whole unasked
-                    raise
-        return model.forward(*args, **kwargs)
+    @not_a_graph
+    def around(lent: Lent, args: Any, kwargs: Any) -> Any:
+        with Uncompiled() as compiler:
+            with first:
+                if model.__dict__.get("forward") is lent:  # else another thread was faster
+                    lent.end(for_good=False)
+                    try:
+                        begin(by_name(model, args, kwargs))
+                    except BaseException:
+                        lent.begin()  # nothing runs whole unasked
+                        raise
+            return compiler.again(model.forward, args, kwargs)
 
-    lent = model.__dict__["forward"] = Lent(model, around)
+    Lent(model, around)  # takes the place of the model's forward
 
 
 def _available() -> int:
@@ -205,6 +209,7 @@ def _available() -> int:
     return found
 
 
+@torch.inference_mode(False)  # what it makes lasts longer than a call
 def start(
     model: nn.Module, division: Division, settings: Settings, *, turns: Turns | None = None
 ) -> OffloadSession:
@@ -215,12 +220,12 @@ def start(
             "its modules"
         )
     moved = sum(block.nbytes for block in division.blocks)
-    fixed = weight_bytes(model) - moved if turns is None else turns.fixed_bytes
+    fixed = weight_bytes(model) - moved
     store = BlockStore(
         model, division.blocks, settings.folder, settings.progress, on_host=settings.on_host
     )
 
-    def make_engine(room: int) -> _core.Engine:
+    def make_engine(division: Division, store: BlockStore, room: int) -> _core.Engine:
         files, specs = store.plan(division.blocks)
         return _engine(files, specs, division, settings, room)
 
@@ -237,7 +242,8 @@ def start(
         )
     except BudgetError as error:
         store.undo()
-        raise _no_room(error, fixed, settings) from None
+        always = fixed if turns is None else turns.fixed_bytes
+        raise _no_room(error, always, settings) from None
     except BaseException:
         store.undo()
         raise

@@ -7,7 +7,6 @@ take no memory of the process. The engine of whoever is not called is parked.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
@@ -19,9 +18,11 @@ from ..model_objects import find_modules
 from ..sizes import format_size, parse_size
 from ..tensor_files import ModelFiles
 from .blocks import Block
+from .lent import Around, Lent, Uncompiled, not_a_graph
 from .report import OffloadReport
-from .session import Lent, OffloadSession
+from .session import OffloadSession
 from .store import BlockStore
+from .turns import Turn
 
 # Parameters go to a shelf's file in groups of so many bytes: what is held in memory meanwhile.
 GROUP = 64 << 20
@@ -33,28 +34,29 @@ class Turns:
     Attributes:
         room: Bytes for all of them, at any time.
         fixed_bytes: What always stays in memory, of all components.
+        current: Whose turn it is.
         lock: Held while a block of any of them is called.
     """
 
     def __init__(self, room: int) -> None:
         self.room, self.fixed_bytes = room, 0
-        self.lock = threading.RLock()
+        self.lock = Turn()
         self.sessions: list[OffloadSession] = []
-        self._current: OffloadSession | None = None
+        self.current: OffloadSession | None = None
 
     def take(self, session: OffloadSession) -> None:
         """It is `session`'s turn: whoever had one gives all memory back."""
-        if self._current is session:
+        if self.current is session:
             return
-        if self._current is not None:
+        if self.current is not None:
             try:
-                self._current.engine.park()
+                self.current.engine.park()
             except ValueError as error:
                 raise VramkitError(
                     "components that take turns cannot call each other from within their blocks: "
                     f"{error}; offload them as one module"
                 ) from error
-        self._current = session
+        self.current = session
 
     def settle(self, room: int, fixed: int) -> None:
         """Another room for all; BudgetError, with nothing changed, where one of them needs more."""
@@ -69,7 +71,6 @@ class Turns:
                     least + fixed,
                 )
         for session in self.sessions:
-            session.room = left
             session.engine.resize(left)
         self.room, self.fixed_bytes = room, fixed
 
@@ -125,7 +126,7 @@ class PipelineSession:
         self.sessions: dict[str, OffloadSession] = {}
         self._pipeline = pipeline
         self._shelves: dict[str, Shelf] = {}
-        self._armed: dict[int, tuple[nn.Module, Lent]] = {}
+        self._armed: dict[int, Lent] = {}
         self._begin: dict[str, Callable[[nn.Module, Any], OffloadSession]] = {}
         total = _bytes_of(components.values())
         away = _bytes_of(self.moved.values(), buffers=False)
@@ -160,16 +161,16 @@ class PipelineSession:
             if id(inner) in self._armed or next(inner.parameters(), None) is None:
                 continue
             at = ".".join(part for part in (name, path) if part)
-            lent = Lent(inner, self._trigger(name, at, inner))
-            inner.__dict__["forward"] = lent
-            self._armed[id(inner)] = (inner, lent)
+            self._armed[id(inner)] = Lent(inner, self._trigger(name, at, inner))
 
-    def _trigger(self, name: str, path: str, module: nn.Module) -> Callable[..., Any]:
-        def around(inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-            with self.turns.lock:
-                if id(module) in self._armed:
-                    self._divide(name, path, module, by_name(module, args, kwargs))
-            return module.forward(*args, **kwargs)
+    def _trigger(self, name: str, path: str, module: nn.Module) -> Around:
+        @not_a_graph
+        def around(lent: Lent, args: Any, kwargs: Any) -> Any:
+            with Uncompiled() as compiler:
+                with self.turns.lock:
+                    if id(module) in self._armed:
+                        self._divide(name, path, module, by_name(module, args, kwargs))
+                return compiler.again(module.forward, args, kwargs)
 
         return around
 
@@ -184,8 +185,8 @@ class PipelineSession:
         inside = {id(m) for m in module.modules()}
         above = {id(m) for m in component.modules() if any(x is module for x in m.modules())}
         disarmed = {key: self._armed.pop(key) for key in inside | above if key in self._armed}
-        for other, _ in disarmed.values():
-            other.__dict__.pop("forward", None)
+        for lent in disarmed.values():
+            lent.end(for_good=False)
         shelved = [(p, p.data) for p in module.parameters()]
         # From where its blocks are read: nothing is written a second time.
         mapped = [one for shelf in self._shelves.values() for one in shelf.files.mapped]
@@ -195,8 +196,8 @@ class PipelineSession:
         except BaseException:
             for parameter, data in shelved:
                 parameter.data = data
-            for other, lent in disarmed.values():
-                other.__dict__["forward"] = lent
+            for lent in disarmed.values():
+                lent.begin()
             self._armed |= disarmed
             raise
 
@@ -241,8 +242,8 @@ class PipelineSession:
     def disable(self) -> None:
         """The pipeline as it was before: plain forwards, and parameters of its own in memory."""
         with self.turns.lock:
-            for module, _ in self._armed.values():
-                module.__dict__.pop("forward", None)
+            for lent in self._armed.values():
+                lent.end()
             self._armed = {}
             for session in self.sessions.values():
                 session.turns = None

@@ -332,10 +332,14 @@ class Seen:
     division: Division
     store: BlockStore
     engine: _core.Engine
-    fixed_bytes: int
     buffer_bytes: int
     _records = 0
     _rates: Rates | None = None
+
+    @property
+    def fixed_bytes(self) -> int:
+        """What always stays in memory."""
+        raise NotImplementedError
 
     def _offloaded(self) -> nn.Module | None:
         """The model, as long as it is offloaded by this session."""

@@ -259,6 +259,19 @@ class BlockStore:
             return self._own_path
         return Path(next(file.name for home in self._homes for file in home.files))
 
+    def successor(self, blocks: Sequence[Block]) -> BlockStore:
+        """A store for other blocks of the model; what waited in memory still does."""
+        model = self._model()
+        assert model is not None
+        waiting = {id(p.parameter) for part in self._waiting if part for p in part.places}
+        names = {name for name, p in model.named_parameters() if id(p) in waiting}
+        return BlockStore(model, blocks, self.folder, on_host=names)
+
+    def mapped_places(self, block: int) -> int:
+        """How many of the block's places, the first ones, are of a file; the others wait."""
+        part = self._waiting[block]
+        return len(self.places[block]) - (len(part.places) if part is not None else 0)
+
     def origins(self) -> list[str]:
         """How each block is read: "in place", "gathered" (from the cache), "own", or two."""
         return [home.kind for home in self._homes]
