@@ -52,7 +52,9 @@ __all__: list[str] = [
     "advise_large_pages",
     "available_isas",
     "block_layout",
+    "built_with_cuda",
     "builtin_formats",
+    "cuda_devices",
     "dynamic_map",
     "least_device_bytes",
     "place",
@@ -871,7 +873,11 @@ class HostStore:
         self,
         bytes: typing.SupportsInt | typing.SupportsIndex,
         granularity: typing.SupportsInt | typing.SupportsIndex = 2097152,
-    ) -> None: ...
+        device: str = "cpu",
+    ) -> None:
+        """
+        `device`: whose copies it is for; memory for a GPU is pinned, at its exact size.
+        """
     def source(self) -> MemorySource: ...
     @property
     def bytes(self) -> int: ...
@@ -1081,76 +1087,6 @@ class EngineStats:
     @property
     def waits(self) -> int: ...
 
-class EngineView:
-    """
-    The engine's address range.
-    """
-
-class Engine:
-    """
-    Blocks of bytes that are in memory when they are called; see docs/offload.md. Addresses are valid between acquire and release, in the process that made the engine.
-    """
-    def __init__(
-        self,
-        sources: collections.abc.Sequence[Source],
-        blocks: collections.abc.Sequence[BlockSpec],
-        *,
-        limit: typing.SupportsInt | typing.SupportsIndex,
-        order: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex] = [],
-        depth: typing.SupportsInt | typing.SupportsIndex = 1,
-        slots: typing.SupportsInt | typing.SupportsIndex = 3,
-        threads: typing.SupportsInt | typing.SupportsIndex = 2,
-        piece: typing.SupportsInt | typing.SupportsIndex = 8388608,
-        granularity: typing.SupportsInt | typing.SupportsIndex = 2097152,
-        poison: bool = False,
-        timeline: typing.SupportsInt | typing.SupportsIndex = 0,
-    ) -> None: ...
-    def __len__(self) -> int: ...
-    def acquire(
-        self,
-        block: typing.SupportsInt | typing.SupportsIndex,
-        stream: typing.SupportsInt | typing.SupportsIndex = 0,
-    ) -> int:
-        """
-        Address of the block, until release().
-        """
-    def block_stats(self, block: typing.SupportsInt | typing.SupportsIndex) -> BlockStats: ...
-    def check(self) -> None:
-        """
-        Raises an error that names the first broken invariant.
-        """
-    def close(self) -> None: ...
-    def give_up(self, bytes: typing.SupportsInt | typing.SupportsIndex) -> int: ...
-    def invalidate(self, block: typing.SupportsInt | typing.SupportsIndex) -> None:
-        """
-        The block's source has changed: it is loaded again when called.
-        """
-    def prefetch(self, block: typing.SupportsInt | typing.SupportsIndex) -> bool: ...
-    def release(
-        self,
-        block: typing.SupportsInt | typing.SupportsIndex,
-        stream: typing.SupportsInt | typing.SupportsIndex = 0,
-    ) -> None: ...
-    def resize(self, limit: typing.SupportsInt | typing.SupportsIndex) -> None: ...
-    def slot_of(self, block: typing.SupportsInt | typing.SupportsIndex) -> int: ...
-    def stats(self) -> EngineStats: ...
-    def timeline(self) -> list:
-        """
-        The latest (kind, block, thread, begin_ns, end_ns), kinds copy, wait and use.
-        """
-    def view(self) -> EngineView:
-        """
-        All addresses as one buffer, which keeps the engine alive. Only what is acquired may be read.
-        """
-    @property
-    def base(self) -> int: ...
-    @property
-    def closed(self) -> bool: ...
-    @property
-    def minimum(self) -> int: ...
-    @property
-    def reserved(self) -> int: ...
-
 class BlockFile:
     """
     A file of a BlockCache, which stays there for as long as this does.
@@ -1196,6 +1132,115 @@ class PressureGauge:
         Bytes to change by: negative, give up so many; positive, up to so many may be taken.
         """
 
+class EngineView:
+    """
+    Addresses of the engine: a buffer on the host, and DLPack everywhere.
+    """
+    def __dlpack__(
+        self,
+        *,
+        stream: typing.Any = None,
+        max_version: typing.Any = None,
+        dl_device: typing.Any = None,
+        copy: typing.Any = None,
+    ) -> typing_extensions.CapsuleType:
+        """
+        Bytes, uint8. acquire() has ordered the stream that it was given after the copies.
+        """
+    def __dlpack_device__(self) -> tuple[int, int]: ...
+
+class Engine:
+    """
+    Blocks of bytes that are in memory when they are called; see docs/offload.md. Addresses are valid between acquire and release, in the process that made the engine.
+    """
+    def __init__(
+        self,
+        sources: collections.abc.Sequence[Source],
+        blocks: collections.abc.Sequence[BlockSpec],
+        *,
+        limit: typing.SupportsInt | typing.SupportsIndex,
+        order: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex] = [],
+        depth: typing.SupportsInt | typing.SupportsIndex = 1,
+        slots: typing.SupportsInt | typing.SupportsIndex = 3,
+        threads: typing.SupportsInt | typing.SupportsIndex = 2,
+        piece: typing.SupportsInt | typing.SupportsIndex = 8388608,
+        granularity: typing.SupportsInt | typing.SupportsIndex | None = None,
+        poison: bool = False,
+        timeline: typing.SupportsInt | typing.SupportsIndex = 0,
+        device: str = "cpu",
+    ) -> None:
+        """
+        `device`: 'cpu', or 'cuda:0' and so on; `granularity`: bytes of memory taken at once, 2 MiB on the host and 32 MiB on a GPU unless given.
+        """
+    def __len__(self) -> int: ...
+    def acquire(
+        self,
+        block: typing.SupportsInt | typing.SupportsIndex,
+        stream: typing.SupportsInt | typing.SupportsIndex = 0,
+    ) -> int:
+        """
+        Address of the block, until release().
+        """
+    def block_stats(self, block: typing.SupportsInt | typing.SupportsIndex) -> BlockStats: ...
+    def check(self) -> None:
+        """
+        Raises an error that names the first broken invariant.
+        """
+    def close(self) -> None: ...
+    def device_memory(self) -> typing.Any:
+        """
+        (free, total) bytes of the GPU, whoever uses them; None on the host.
+        """
+    def give_up(self, bytes: typing.SupportsInt | typing.SupportsIndex) -> int: ...
+    def invalidate(self, block: typing.SupportsInt | typing.SupportsIndex) -> None:
+        """
+        The block's source has changed: it is loaded again when called.
+        """
+    def prefetch(self, block: typing.SupportsInt | typing.SupportsIndex) -> bool: ...
+    def release(
+        self,
+        block: typing.SupportsInt | typing.SupportsIndex,
+        stream: typing.SupportsInt | typing.SupportsIndex = 0,
+    ) -> None: ...
+    def relieve(self, gauge: PressureGauge, most: typing.SupportsInt | typing.SupportsIndex) -> int:
+        """
+        Looks at what is free on the GPU and moves the limit as the gauge says, to at most `most`; returns by how many bytes.
+        """
+    def resize(self, limit: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def slot_of(self, block: typing.SupportsInt | typing.SupportsIndex) -> int: ...
+    def stats(self) -> EngineStats: ...
+    def timeline(self) -> list:
+        """
+        The latest (kind, block, thread, begin_ns, end_ns), kinds copy, wait and use.
+        """
+    def view(self) -> EngineView:
+        """
+        All addresses as one buffer, which keeps the engine alive. Only what is acquired may be read.
+        """
+    def window(
+        self,
+        address: typing.SupportsInt | typing.SupportsIndex,
+        bytes: typing.SupportsInt | typing.SupportsIndex,
+    ) -> EngineView:
+        """
+        `bytes` from an address that acquire() returned.
+        """
+    @property
+    def base(self) -> int: ...
+    @property
+    def closed(self) -> bool: ...
+    @property
+    def contiguous(self) -> bool:
+        """
+        Whether all addresses are one range, so that view() works.
+        """
+    @property
+    def device(self) -> str: ...
+    @property
+    def minimum(self) -> int: ...
+    @property
+    def reserved(self) -> int: ...
+
 def active_isa() -> str:
     """
     Name of the instruction-set unit in use; VRAMKIT_ISA forces one.
@@ -1232,6 +1277,11 @@ def block_layout(
 def builtin_formats() -> list:
     """
     (name, Format) of every format that is always there.
+    """
+
+def cuda_devices() -> tuple:
+    """
+    (count, reason): CUDA devices that this process sees, and why where there are none.
     """
 
 def dynamic_map() -> list[float]:
@@ -1362,3 +1412,5 @@ def safetensors_dtypes() -> dict:
     """
     Bits of an element by the format's dtype name.
     """
+
+built_with_cuda: bool = True
