@@ -1274,6 +1274,11 @@ def block_layout(
     Lay out (source, offset, bytes, alignment) ranges as one block: such that files can be read straight into it, or packed.
     """
 
+def built_with_cuda() -> bool:
+    """
+    Whether this package has the engine's calls to CUDA.
+    """
+
 def builtin_formats() -> list:
     """
     (name, Format) of every format that is always there.
@@ -1412,5 +1417,3 @@ def safetensors_dtypes() -> dict:
     """
     Bits of an element by the format's dtype name.
     """
-
-built_with_cuda: bool = True
