@@ -60,11 +60,10 @@ std::shared_ptr<CudaBackend> cuda_backend(int device, std::int64_t granularity) 
 }
 
 void bind_cuda(py::module_& m) {
-#ifdef VRAMKIT_WITH_CUDA
-  m.attr("built_with_cuda") = true;
-#else
-  m.attr("built_with_cuda") = false;
-#endif
+  // A function, so that the module's stub is the same however it was built.
+  m.def(
+      "built_with_cuda", [] { return cuda_calls() != nullptr; },
+      "Whether this package has the engine's calls to CUDA.");
   m.def("cuda_devices", &cuda_devices,
         "(count, reason): CUDA devices that this process sees, and why where there are none.");
 }

@@ -1336,6 +1336,11 @@ def block_layout(
     Lay out (source, offset, bytes, alignment) ranges as one block: such that files can be read straight into it, or packed.
     """
 
+def built_with_cuda() -> bool:
+    """
+    Whether this package has the engine's calls to CUDA.
+    """
+
 def builtin_formats() -> list:
     """
     (name, Format) of every format that is always there.
@@ -1509,5 +1514,3 @@ def source_of(file: SafetensorsFile, direct: bool = True) -> FileSource:
 
     Raises FileChangedError if its name means another file by now, or it was written to.
     """
-
-built_with_cuda: bool = True

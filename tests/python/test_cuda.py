@@ -48,7 +48,7 @@ def test_operators_are_there_without_a_driver() -> None:
 def test_devices_are_counted_or_the_reason_is_said() -> None:
     count, reason = _core.cuda_devices()
     assert (count > 0) == (reason == "")
-    if not _core.built_with_cuda:
+    if not _core.built_with_cuda():
         assert "without CUDA" in reason
 
 
