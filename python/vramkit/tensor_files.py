@@ -177,8 +177,15 @@ class ModelFiles:
     Offloading reads the parameters from these files then, and does not write them again.
     """
 
-    def __init__(self, mapped: list[Mapped], cache_bytes: int = CACHE_BYTES) -> None:
+    def __init__(
+        self,
+        mapped: list[Mapped],
+        cache_bytes: int = CACHE_BYTES,
+        own: list[_core.FileSource] | None = None,
+    ) -> None:
         self.mapped, self.cache_bytes = mapped, cache_bytes
+        # Files without a name: a cache would never find them again.
+        self.own = own if own is not None else []
 
     @classmethod
     def of(cls, model: nn.Module) -> ModelFiles:
@@ -186,7 +193,9 @@ class ModelFiles:
         found = [module.__dict__.get("vramkit_files") for module in model.modules()]
         files = [one for one in found if one is not None]
         most = max((one.cache_bytes for one in files), default=CACHE_BYTES)
-        return cls([mapped for one in files for mapped in one.mapped], most)
+        found_files = cls([mapped for one in files for mapped in one.mapped], most)
+        found_files.own = [file for one in files for file in one.own]
+        return found_files
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copy of the model has memory of its own."""

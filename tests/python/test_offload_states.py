@@ -160,7 +160,7 @@ def test_changes_between_calls(change: Callable[[Chain], None], tmp_path: Path) 
                     parameter.mul_(0.5)
     check_the_same(model, twin, x)
     session = model.vramkit_session
-    assert len(list(tmp_path.iterdir())) == 1
+    assert list(tmp_path.iterdir()) == []  # the file has no name
     session.disable()
     with torch.no_grad():
         assert torch.equal(model(x), twin(x))

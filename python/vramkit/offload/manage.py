@@ -84,8 +84,11 @@ def enable_vram_management(
     limit = _available() if vram_limit is None else parse_size(vram_limit)
     where = os.fspath(folder) if folder is not None else str(cache_folder() / "blocks")
     settings = Settings(limit, parse_size(vram_buffer), where, pressure, progress=progress)
-    single = isinstance(model, nn.Module) and type(model).forward is not nn.Module.forward
-    if not single:
+    # A module that has no forward is a bag of components. (A compiled one has it as an attribute.)
+    whole = isinstance(model, nn.Module) and (
+        type(model).forward is not nn.Module.forward or "forward" in vars(model)
+    )
+    if not whole:
         enable_pipeline(model, components_of(model), settings, inputs, skip)
         return model
     if skip:

@@ -299,9 +299,9 @@ class OffloadSession(Seen):
         stale = [one for one in self._open if not self._goes_on(one)]
         if not stale:
             return
-        self._open = [one for one in self._open if self._goes_on(one)]
+        live = [one for one in self._open if self._goes_on(one)]
         for guest in {id(one.guest): one.guest for one in stale}.values():
-            guest.inside = sum(one.guest is guest for one in self._open)
+            guest.inside = sum(one.guest is guest for one in live)
             if guest.inside or guest.index is None:
                 continue
             for place, view in zip(guest.places, guest.views, strict=True):
@@ -309,10 +309,9 @@ class OffloadSession(Seen):
                 if 0 <= lies < self.engine.reserved:
                     place.parameter.data = view
             self._give_back(guest.index)
-        self._depth = len(self._open)
-        if not self._open and (self.engine.closed or self._made_for != self.store.state):
-            self.engine.close()
-            self._start_engine()
+        if not live and self._made_for != self.store.state:
+            self.engine.close()  # and is made anew by the next call
+        self._depth, self._open = len(live), live  # last: a signal may break this off too
 
     def _goes_on(self, one: _Open) -> bool:
         if one.frame is None:
@@ -457,6 +456,7 @@ class OffloadSession(Seen):
                 assert guest.index is not None
                 self.store.rewrite(guest.index)
                 index = guest.index
+                guest.places = self.store.places[index]
                 guest.home(self.store.views[index], self.store.mapped_places(index))
         finally:
             self.engine.close()

@@ -13,13 +13,14 @@ host's memory instead are views of large pieces of that.
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 import weakref
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -162,7 +163,7 @@ class BlockStore:
         for parameter, tensor in staying:
             parameter.data = tensor
         self.point_to_store()
-        self._register(ModelFiles(self._mapped, self._found.cache_bytes))
+        self._register(ModelFiles(self._mapped, self._found.cache_bytes, self._own_files))
 
     def _planned(self, parameters: Sequence[nn.Parameter]) -> _Plan:
         origins = [self._found.find(p) if p.numel() else None for p in parameters]
@@ -172,7 +173,7 @@ class BlockStore:
         elif not plan.in_place():
             # Without a cache, and where some are in memory only, the store has a copy of its own.
             plan.gathered = self._found.cache_bytes > 0 and all(
-                origin is not None or not p.numel()
+                (origin is not None and origin[0] not in self._found.own) or not p.numel()
                 for p, origin in zip(parameters, origins, strict=True)
             )
             plan.pack()
@@ -314,6 +315,12 @@ class BlockStore:
         """
         self.state += 1
         part = self._waiting[block]
+        # As they lie now: arithmetic on other strides may round otherwise.
+        self.places[block] = [
+            p._replace(stride=_dense_strides(p.parameter)) for p in self.places[block]
+        ]
+        if part is not None:
+            part.places = self.places[block][-len(part.places) :]
         places = self.places[block]
         if part is not None:
             part.write()
@@ -328,7 +335,7 @@ class BlockStore:
             self._homes[block], self._mapped[block], self._cached[block] = home, mapped, None
             # The file it was in goes with its last block.
             read = {id(file) for one in self._homes for file in one.files}
-            self._own_files = [f for f in self._own_files if id(f) in read] + [source]
+            self._own_files[:] = [f for f in self._own_files if id(f) in read] + [source]
             self.views[block] = _views(mapped.mapping, places)
         else:
             self.views[block] = []
@@ -453,8 +460,16 @@ class _OwnFile:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        handle, path = tempfile.mkstemp(suffix=".blocks", prefix="vramkit-", dir=folder)
-        self._file, self._path = os.fdopen(handle, "wb"), path
+        try:
+            # Never with a name, so that nothing is left behind wherever a signal breaks this off.
+            self._file: Any = open(folder / "blocks", "wb", opener=_nameless)  # noqa: SIM115
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL):
+                raise
+            handle, path = tempfile.mkstemp(suffix=".blocks", prefix="vramkit-", dir=folder)
+            self._file = os.fdopen(handle, "wb")
+            os.unlink(path)
+        self._path = f"/proc/self/fd/{self._file.fileno()}"
         self._end = 0
 
     def append(self, run: memoryview) -> int:
@@ -471,16 +486,18 @@ class _OwnFile:
 
     def source(self) -> _core.FileSource:
         self._file.truncate(max(self._end, PAGE))
-        self._file.close()
+        self._file.flush()
         return _core.FileSource(self._path)
 
     def __enter__(self) -> _OwnFile:
         return self
 
     def __exit__(self, *error: object) -> None:
-        # Open descriptors keep the file; a process that is killed leaves nothing behind.
-        os.unlink(self._path)
-        self._file.close()
+        self._file.close()  # sources have it open
+
+
+def _nameless(path: str, flags: int) -> int:
+    return os.open(os.path.dirname(path), os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
 
 
 def _unique(files: Iterable[_core.FileSource]) -> list[_core.FileSource]:
