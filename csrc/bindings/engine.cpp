@@ -27,7 +27,6 @@ namespace py = pybind11;
 namespace vramkit::bindings {
 namespace {
 
-
 // A Python object that memory belongs to, let go of under the GIL whoever lets go of it.
 std::shared_ptr<const void> keeper_of(py::object object) {
   return {new py::object(std::move(object)), [](const void* held) {
