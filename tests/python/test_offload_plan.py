@@ -284,6 +284,29 @@ def test_a_pipeline_takes_turns(x: Tensor, tmp_path: Path) -> None:
         assert torch.equal(generate(pipe, x), expected)
 
 
+def test_what_comes_to_one_component_counts_for_all(x: Tensor, tmp_path: Path) -> None:
+    pipe, twin = pipeline(), pipeline()
+    limit = 1_400_000
+    vramkit.enable_vram_management(pipe, f"{limit} B", 0, folder=tmp_path)
+    session = pipe.vramkit_session
+    with torch.inference_mode():
+        assert torch.equal(generate(pipe, x), generate(twin, x))
+    before = session.fixed_bytes
+    extra = torch.zeros(100_000)
+    for one in (pipe, twin):
+        one.dit.register_buffer("extra", extra.clone())
+        # Another object in a block: its store and its engine are made anew.
+        one.dit.layers[0].weight = nn.Parameter(torch.full((WIDTH, WIDTH), 0.01))
+    with torch.inference_mode():
+        for _ in range(2):
+            assert torch.equal(generate(pipe, x), generate(twin, x))
+            assert session.device_bytes <= limit
+    assert session.fixed_bytes == before + extra.nbytes
+    assert {s.limit for s in (one.engine.stats() for one in session.sessions.values())} == {
+        limit - session.fixed_bytes
+    }
+
+
 def test_a_pipeline_s_components_by_name(x: Tensor, tmp_path: Path) -> None:
     pipe = pipeline()
     vramkit.enable_vram_management(

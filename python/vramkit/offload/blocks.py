@@ -159,7 +159,7 @@ def _follow(model: nn.Module, inputs: Any, grad: bool, found: Touches) -> None:
             Watch(),
         ):
             skeleton(*args, **kwargs)
-    except (RuntimeError, TypeError, NotImplementedError) as error:
+    except (RuntimeError, TypeError) as error:
         # An operator of this torch that refuses fake tensors, or the model these inputs.
         raise ValueError(
             f"this call could not be followed on fake tensors: in module {recorder.place!r}, at "

@@ -28,6 +28,11 @@ from .store import LARGE_PAGE, PAGE, SMALL, BlockStore, empty_specs
 SLOTS, DEPTH, THREADS = 3, 1, 2
 
 
+# (most bytes of a block, ids of parameters that are streamed, ids of those that wait on the host):
+# what a plan says of a component. Its other parameters stay for the length of its turn.
+Places = tuple[int | None, Collection[int], Collection[int]]
+
+
 @dataclass(frozen=True)
 class Settings:
     """What a user asked for, in bytes; what is decided once for all blocks."""
@@ -94,12 +99,14 @@ def enable_vram_management(
     if skip:
         raise ValueError("skip= names components of a pipeline; this is one module")
     _on_cpu(model)
+
+    def begin(call: Any) -> None:
+        start(model, divide(model, touches_of(model, call)), settings)
+
     if inputs is not None:
-        start(model, divide(model, touches_of(model, inputs)), settings)
+        begin(inputs)
     else:
-        at_first_call(
-            model, lambda call: start(model, divide(model, touches_of(model, call)), settings)
-        )
+        at_first_call(model, begin)
     return model
 
 
@@ -134,11 +141,6 @@ def enable_pipeline(
         raise
     object.__setattr__(pipeline, "vramkit_session", session)
     return session
-
-
-# (most bytes of a block, ids of parameters that are streamed, ids of those that wait on the host):
-# what a plan says of a component. Its other parameters stay for the length of its turn.
-Places = tuple[int | None, Collection[int], Collection[int]]
 
 
 def _starter(

@@ -61,7 +61,8 @@ class Turns:
     def settle(self, room: int, fixed: int) -> None:
         """Another room for all; BudgetError, with nothing changed, where one of them needs more."""
         left = room - fixed
-        for session in self.sessions:
+        open_ones = [s for s in self.sessions if not s.engine.closed]  # others are made anew
+        for session in open_ones:
             least = session.engine.minimum
             if left < least:
                 raise BudgetError(
@@ -70,7 +71,7 @@ class Turns:
                     f"needs {format_size(least)}",
                     least + fixed,
                 )
-        for session in self.sessions:
+        for session in open_ones:
             session.engine.resize(left)
         self.room, self.fixed_bytes = room, fixed
 

@@ -419,7 +419,7 @@ class OffloadSession(Seen):
         self._move_in(indices)
         fixed = survey(self._model, self._moved)[1]
         if self.turns is not None:
-            self.turns.fixed_bytes += fixed - self._own_fixed
+            self.turns.settle(self.turns.room, self.turns.fixed_bytes + fixed - self._own_fixed)
         self._own_fixed = fixed
         with _Terms(self):
             self._start_engine()
