@@ -13,6 +13,7 @@
 #include "bindings/signals.hpp"
 #include "core/engine/bulk_read.hpp"
 #include "core/engine/mapping.hpp"
+#include "core/platform/file.hpp"
 #include "core/safetensors.hpp"
 
 namespace py = pybind11;
@@ -128,6 +129,12 @@ file, MemoryError where the system has no addresses left.)")
       R"(The file as a FileSource.
 
 Raises FileChangedError if its name means another file by now, or it was written to.)");
+  m.def(
+      "open_unnamed_file",
+      [](const std::string& folder, int) { return open_unnamed_file(folder).release(); },
+      py::arg("folder"), py::arg("flags") = 0,
+      "An opener for open(folder, 'wb', opener=…): a new file that has no name in the folder. "
+      "`flags` are not used. OSError.");
   m.def("read_runs", &read_all, py::arg("files"), py::arg("runs"), py::kw_only(),
         py::arg("whole_units") = false, py::arg("threads") = 2,
         py::arg("piece") = std::int64_t{8} << 20, py::arg("progress") = py::none(),

@@ -59,6 +59,7 @@ __all__: list[str] = [
     "cuda_devices",
     "dynamic_map",
     "least_device_bytes",
+    "open_unnamed_file",
     "place",
     "plan_choices",
     "read_runs",
@@ -1385,6 +1386,11 @@ def least_device_bytes(
 ) -> list[tuple[int, int]]:
     """
     By phase (bytes, slot): the least device bytes that hold it, and the size of its slots.
+    """
+
+def open_unnamed_file(folder: str, flags: typing.SupportsInt | typing.SupportsIndex = 0) -> int:
+    """
+    An opener for open(folder, 'wb', opener=…): a new file that has no name in the folder. `flags` are not used. OSError.
     """
 
 def place(

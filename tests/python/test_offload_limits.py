@@ -27,7 +27,7 @@ import torch
 import vramkit
 from conftest import RunPython
 from torch import Tensor, nn
-from vramkit import enable_vram_management
+from vramkit import _core, enable_vram_management
 from vramkit.errors import FileChangedError
 from vramkit.estimator import weight_bytes
 
@@ -186,12 +186,21 @@ def offload(model: nn.Module, x: Tensor, folder: Path) -> None:
     enable_vram_management(model, f"{limit} B", 0, inputs=(x,), folder=folder)
 
 
+def descriptors() -> list[str]:
+    """What this process has open, by name."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the listing's own
+            found.append(os.readlink(f"/proc/self/fd/{name}"))
+    return sorted(found)
+
+
 def held(folder: Path) -> dict[str, Any]:
     """What this process holds of the system."""
     gc.collect()
     return {
         "files": sorted(p.name for p in folder.iterdir()),
-        "descriptors": len(os.listdir("/proc/self/fd")),
+        "descriptors": descriptors(),
         "threads": len(os.listdir("/proc/self/task")),
     }
 
@@ -233,6 +242,20 @@ def test_many_lives_in_flat_memory(tmp_path: Path) -> None:
     assert held(tmp_path) == before
     # Of a model of 1 MB: what one life in twenty left behind would show.
     assert resident_pages() - memory < 8 * 10**6
+
+
+def test_unnamed_files(tmp_path: Path) -> None:
+    before = held(tmp_path)
+    with open(tmp_path, "wb", opener=_core.open_unnamed_file) as file:
+        file.write(b"abc")
+        file.flush()
+        assert list(tmp_path.iterdir()) == []
+        assert not os.get_inheritable(file.fileno())
+        assert Path(f"/proc/self/fd/{file.fileno()}").read_bytes() == b"abc"
+    assert held(tmp_path) == before
+    with pytest.raises(FileNotFoundError, match="missing"):
+        _core.open_unnamed_file(str(tmp_path / "missing"))
+    assert held(tmp_path) == before
 
 
 def test_the_file_has_no_name(tmp_path: Path) -> None:

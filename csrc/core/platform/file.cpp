@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <random>
 #include <system_error>
@@ -64,6 +65,34 @@ Descriptor open_regular_file(const std::string& path) {
                           "; expected a safetensors file");
   }
   return file;
+}
+
+Descriptor open_unnamed_file(const std::string& folder) {
+  int fd = -1;
+  int code = 0;
+#if defined(O_TMPFILE)
+  do {
+    fd = ::open(folder.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+    code = fd < 0 ? errno : 0;
+  } while (code == EINTR);
+  // What systems and file systems without such files answer.
+  const bool unknown = code == EOPNOTSUPP || code == EISDIR || code == EINVAL;
+#else
+  const bool unknown = true;
+#endif
+  if (fd < 0 && unknown) {
+    std::string path = folder + "/vramkit-XXXXXX";
+    fd = ::mkstemp(path.data());
+    code = fd < 0 ? errno : 0;
+    if (fd >= 0) {
+      ::unlink(path.c_str());
+      ::fcntl(fd, F_SETFD, FD_CLOEXEC);
+    }
+  }
+  if (fd < 0) {
+    throw SystemError(code, printable(folder) + ": no file can be made in it: " + reason(code));
+  }
+  return Descriptor(fd);
 }
 
 std::int64_t file_bytes(const Descriptor& file, const std::string& path) {

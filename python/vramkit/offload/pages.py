@@ -38,8 +38,9 @@ class Pages:
     """Looks at ranges of this process's private mappings. OSError where the system cannot say."""
 
     def __init__(self) -> None:
-        self._map = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-        self._close = weakref.finalize(self, os.close, self._map)
+        pagemap = open("/proc/self/pagemap", "rb", buffering=0)  # noqa: SIM115
+        self._map = pagemap.fileno()
+        self._close = weakref.finalize(self, pagemap.close)
         self._region = (ctypes.c_uint64 * 3)()
         self._system = ctypes.CDLL(None, use_errno=True)
         self._scans = True

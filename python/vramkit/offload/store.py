@@ -13,9 +13,7 @@ host's memory instead are views of large pieces of that.
 
 from __future__ import annotations
 
-import errno
 import os
-import tempfile
 import weakref
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
@@ -193,9 +191,9 @@ class BlockStore:
                     plan.own_offset = file.append(_run(plan.fresh, plan.fresh_size))
                     advance(plan.fresh_size, label)
             source = file.source()
-            handle = file.keep()
-        weakref.finalize(self, os.close, handle)
-        self._own_path = Path(f"/proc/self/fd/{handle}")
+            kept = file.keep()
+        weakref.finalize(self, kept.close)
+        self._own_path = Path(f"/proc/self/fd/{kept.fileno()}")
         self._own_files.append(source)
         for plan in wanted:
             plan.own = source
@@ -460,15 +458,8 @@ class _OwnFile:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            # Never with a name, so that nothing is left behind wherever a signal breaks this off.
-            self._file: Any = open(folder / "blocks", "wb", opener=_nameless)  # noqa: SIM115
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL):
-                raise
-            handle, path = tempfile.mkstemp(suffix=".blocks", prefix="vramkit-", dir=folder)
-            self._file = os.fdopen(handle, "wb")
-            os.unlink(path)
+        # Native, so that wherever a signal breaks this off the descriptor has an owner.
+        self._file: Any = open(folder, "wb", opener=_core.open_unnamed_file)  # noqa: SIM115
         self._path = f"/proc/self/fd/{self._file.fileno()}"
         self._end = 0
 
@@ -480,9 +471,9 @@ class _OwnFile:
         self._end += -(-len(run) // PAGE) * PAGE
         return start
 
-    def keep(self) -> int:
-        """A descriptor of it, by which this process can open it again."""
-        return os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+    def keep(self) -> Any:
+        """The file opened once more, so that this process can open it again by that."""
+        return open(self._path, "rb", buffering=0)
 
     def source(self) -> _core.FileSource:
         self._file.truncate(max(self._end, PAGE))
@@ -494,10 +485,6 @@ class _OwnFile:
 
     def __exit__(self, *error: object) -> None:
         self._file.close()  # sources have it open
-
-
-def _nameless(path: str, flags: int) -> int:
-    return os.open(os.path.dirname(path), os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
 
 
 def _unique(files: Iterable[_core.FileSource]) -> list[_core.FileSource]:
