@@ -262,7 +262,8 @@ VRAMKIT_ANYWHERE inline std::int32_t list_write(const SettleJob& job, std::int64
 struct Output {
   const float* absmax = nullptr;
   const std::uint8_t* scales = nullptr;  // of the weight's rows: bits of float32, at any address
-  const float* bias = nullptr;
+  const void* bias = nullptr;
+  Element bias_type = Element::f32;
   // LLM.int8: the unquantized x, the weight's codes, the list of columns and its length. Null: no.
   const void* values = nullptr;
   std::int64_t values_stride = 0;
@@ -304,7 +305,7 @@ VRAMKIT_ANYWHERE inline float scaled(const Output& to, std::int32_t sum, std::in
   const bool has_outliers = to.outliers && *to.outlier_count > 0;
   const float value = scaled(sum, read_at<float>(to.scales, n), to.absmax[i] / 127.0f, has_outliers,
                              has_outliers ? outlier_sum(to, i, n) : 0.0f);
-  return to.bias ? value + to.bias[n] : value;
+  return to.bias ? value + element_at(to.bias, to.bias_type, n) : value;
 }
 
 // What torch's product of the codes gave, scaled: tiles of kScaleRows x kScaleCols, a thread two
@@ -382,7 +383,8 @@ VRAMKIT_ANYWHERE inline void scale_finish(const ScaleJob& job, TilePlace at, boo
   if (n >= job.cols) return;
   const int first = thread / (kScaleCols / 2) * kScaleEach;
   const float scale[2] = {read_at<float>(to.scales, n), read_at<float>(to.scales, n + 1)};
-  const float bias[2] = {to.bias ? to.bias[n] : 0.0f, to.bias ? to.bias[n + 1] : 0.0f};
+  const float bias[2] = {to.bias ? element_at(to.bias, to.bias_type, n) : 0.0f,
+                         to.bias ? element_at(to.bias, to.bias_type, n + 1) : 0.0f};
   VRAMKIT_UNROLLED
   for (int i = 0; i < kScaleEach; ++i) {
     const std::int64_t row = at.row + first + i;

@@ -257,7 +257,7 @@ void check_linear(const LinearCase& c, std::mt19937& random) {
     product.weight = weight.codes;
     product.weight_stride = cols;
     product.weight_scales = weight.scale_bytes();
-    product.bias = job.to.bias;
+    product.bias = c.bias ? weight.bias.data() : nullptr;
     product.values = x.data();
     product.values_stride = stride;
     product.activation = c.activation;

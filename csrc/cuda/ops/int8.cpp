@@ -24,11 +24,14 @@ DeviceInt8::DeviceInt8(const Tensor& code_bytes, const Tensor& scale_bytes,
                   "vramkit: codes and scales do not have the size of an int8 weight");
   if (added.has_value()) {
     check_same_device(*added, like, "bias");
-    STD_TORCH_CHECK(added->numel() == rows, "vramkit: bias does not match");
+    STD_TORCH_CHECK(added->numel() == rows && added->is_contiguous(),
+                    "vramkit: bias does not match");
+    dtype_of(*added);
+    bias = added->data_ptr();
+    bias_type = element_of(*added);
   }
   codes = static_cast<const std::int8_t*>(code_bytes.data_ptr());
   scales = static_cast<const std::uint8_t*>(scale_bytes.data_ptr());
-  bias = float_data(added);
 }
 
 void check_rows(const Tensor& tensor, ScalarType type, const Tensor& like, const char* name) {
@@ -73,6 +76,7 @@ cuda::int8::ProductJob product_job(const FloatRows& x, const RoundedRows& rounde
   job.to.absmax = rounded.absmax;
   job.to.scales = weight.scales;
   job.to.bias = weight.bias;
+  job.to.bias_type = weight.bias_type;
   job.to.values = x.data;
   job.to.values_stride = x.stride;
   job.to.weight = weight.codes;

@@ -52,7 +52,8 @@ struct DeviceInt8 {
              const Tensor& like);
   const std::int8_t* codes;
   const std::uint8_t* scales;
-  const float* bias;
+  const void* bias = nullptr;  // of `bias_type`
+  cuda::Element bias_type = cuda::Element::f32;
   std::int64_t rows, cols;
 };
 
