@@ -62,7 +62,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 }
 
 template <int MT, int NT, bool Whole>
-__global__ void __launch_bounds__(kThreads) product_kernel(const __grid_constant__ ProductJob job) {
+__global__ void __launch_bounds__(kThreads, blocks_at_once(MT, NT))
+    product_kernel(const __grid_constant__ ProductJob job) {
   __shared__ SharedSums<MT, NT> shared;
   const Tile tile = product_tile<MT, NT>(job.from, blockIdx.x);
   sum_tile<Whole, false>(job.from, tile, shared);

@@ -42,6 +42,9 @@ __device__ void sum_tile(const Operands& job, const Tile& tile, SharedSums<MT, N
   store_sums(sums, shared, warp, lane);
 }
 
+// Blocks that a multiprocessor should have at a time at least: registers are shared out by it.
+constexpr int blocks_at_once(int MT, int NT) { return MT == 1 && NT <= 2 ? 2 : 1; }
+
 // Blocks of the grid, or 0 if a grid cannot have so many.
 inline unsigned grid_of(std::int64_t blocks) {
   return blocks > 0x7fffffff ? 0 : static_cast<unsigned>(blocks);

@@ -36,12 +36,14 @@ struct Operands {
   std::int64_t weight_rows = 0, cols = 0, weight_stride = 0;
 };
 
-// Whether rows of both begin at multiples of 16 bytes.
+// Whether all of both comes in pieces of 16 bytes, at multiples of 16 bytes.
 inline bool whole(const Operands& job) {
-  const auto aligned = [](const void* at, std::int64_t stride) {
-    return (reinterpret_cast<std::uintptr_t>(at) | static_cast<std::uintptr_t>(stride)) % 16 == 0;
+  const auto pieces = [](const void* at, std::int64_t stride, std::int64_t cols) {
+    return (reinterpret_cast<std::uintptr_t>(at) | static_cast<std::uintptr_t>(stride | cols)) %
+               16 ==
+           0;
   };
-  return aligned(job.x, job.x_stride) && aligned(job.weight, job.weight_stride);
+  return pieces(job.x, job.x_stride, job.x_cols) && pieces(job.weight, job.weight_stride, job.cols);
 }
 
 // What a block multiplies: MT x 16 rows of the weight from `first` on, `valid` of them there. For
@@ -77,20 +79,24 @@ VRAMKIT_ANYWHERE inline void load_piece(const std::int8_t* row, std::int64_t at,
                                         std::uint32_t (&to)[4]) {
   const std::int64_t left = cols - at;
   const auto* from = reinterpret_cast<const std::uint8_t*>(row + at);
-  std::uint8_t raw[16];
   if constexpr (Whole) {
-    if (left >= 16) {
+    VRAMKIT_UNROLLED
+    for (int i = 0; i < 4; ++i) to[i] = 0;
+    if (left <= 0) return;
 #if defined(__CUDA_ARCH__)
-      const uint4 all = __ldg(reinterpret_cast<const uint4*>(from));
-      to[0] = all.x, to[1] = all.y, to[2] = all.z, to[3] = all.w;
-      return;
+    const uint4 all = __ldg(reinterpret_cast<const uint4*>(from));
+    to[0] = all.x, to[1] = all.y, to[2] = all.z, to[3] = all.w;
+#else
+    memcpy(to, from, 16);
 #endif
-    }
-  } else if (left >= 16 && (reinterpret_cast<std::uintptr_t>(from) & 3) == 0) {
+    return;
+  }
+  if (left >= 16 && (reinterpret_cast<std::uintptr_t>(from) & 3) == 0) {
     VRAMKIT_UNROLLED
     for (int i = 0; i < 4; ++i) memcpy(&to[i], __builtin_assume_aligned(from + 4 * i, 4), 4);
     return;
   }
+  std::uint8_t raw[16];
   VRAMKIT_UNROLLED
   for (int i = 0; i < 16; ++i) raw[i] = i < left ? from[i] : std::uint8_t{0};
   memcpy(to, raw, 16);

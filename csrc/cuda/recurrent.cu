@@ -6,9 +6,13 @@ namespace vramkit::cuda {
 namespace int8 {
 namespace {
 
-template <cpu::Recurrence kind, int NT, bool Whole>
-__global__ void __launch_bounds__(kThreads) step_kernel(const __grid_constant__ StepJob job) {
-  constexpr int gates = cpu::gates_of(kind);
+constexpr int gates_of(int mode) { return cpu::gates_of(static_cast<cpu::Recurrence>(mode)); }
+
+template <int mode, int NT, bool Whole>
+__global__ void __launch_bounds__(kThreads, blocks_at_once(gates_of(mode), NT))
+    step_kernel(const __grid_constant__ StepJob job) {
+  constexpr auto kind = static_cast<cpu::Recurrence>(mode);
+  constexpr int gates = gates_of(mode);
   __shared__ SharedSums<gates, NT> shared;
   const Tile tile = step_tile<NT>(job, blockIdx.x);
   sum_tile<Whole, true>(job.from, tile, shared);
@@ -20,10 +24,11 @@ template <cpu::Recurrence kind, int NT>
 int step(const StepJob& job, cudaStream_t stream) {
   const unsigned grid = grid_of(step_blocks<NT>(job.from.rows, job.step.units));
   if (grid == 0) return cudaErrorInvalidConfiguration;
+  constexpr int mode = static_cast<int>(kind);
   if (whole(job.from)) {
-    step_kernel<kind, NT, true><<<grid, kThreads, 0, stream>>>(job);
+    step_kernel<mode, NT, true><<<grid, kThreads, 0, stream>>>(job);
   } else {
-    step_kernel<kind, NT, false><<<grid, kThreads, 0, stream>>>(job);
+    step_kernel<mode, NT, false><<<grid, kThreads, 0, stream>>>(job);
   }
   return cudaGetLastError();
 }

@@ -210,7 +210,7 @@ def _int8_mm(a: Tensor, b: Tensor) -> Tensor:
     a, b = consecutive(a), consecutive(b)
     if (
         a.is_cuda
-        and _for_torch(*a.shape, b.shape[0])
+        and _for_torch(a.shape[0], a.shape[1], b.shape[0])
         and a.is_contiguous()
         and b.is_contiguous()
         and not (a.data_ptr() | b.data_ptr()) % 16
