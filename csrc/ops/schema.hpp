@@ -1,6 +1,6 @@
 // Schemas of all operators, in one place. Implementations: ops.cpp, blockwise.cpp, conv.cpp,
-// int8.cpp (CPU), and python/vramkit/_operators.py for those that allocate or call torch's own
-// products.
+// int8.cpp, recurrent.cpp (CPU), csrc/cuda/ops, and python/vramkit/_operators.py for those that
+// allocate or call torch's own products.
 //
 // A stored weight is passed as its parts (codes, scales, extra), the codebook's table, and `spec`:
 // [family, bits, grain, block, scale type, encoder, zero point], the fields of vramkit::Format.
@@ -63,6 +63,15 @@ inline constexpr const char* kSchemas[] = {
     "Tensor? hh_bias, int mode, float threshold, bool reverse, Tensor(a!) h, Tensor(b!) c, "
     "Tensor(c!) workspace, Tensor(d!) out) -> ()",
     "_int8_mm_out(Tensor a, Tensor b, Tensor(a!) out) -> ()",
+    // The same in two parts, for torch's own product of the codes between them: rows of x to codes
+    // (and what else a workspace of _linear_int8_out holds); sums, of rows from `first` on, to out.
+    "_round_int8_out(Tensor x, float threshold, Tensor(a!) workspace) -> ()",
+    "_scale_int8_out(Tensor sums, Tensor x, int first, Tensor codes, Tensor scales, Tensor? bias, "
+    "float threshold, int activation, Tensor workspace, Tensor(a!) out) -> ()",
+    // The steps of _recurrent_int8_out, with what x gives for the gates at hand.
+    "_recurrent_int8_steps_out(Tensor from_x, Tensor? steps, Tensor hh_codes, Tensor hh_scales, "
+    "Tensor? hr_codes, Tensor? hr_scales, Tensor? hh_bias, int mode, float threshold, "
+    "bool reverse, Tensor(a!) h, Tensor(b!) c, Tensor(c!) workspace, Tensor(d!) out) -> ()",
     // Blocks of 8-bit codes: how many of `bounds` (255, ascending) lie below x / absmax; blocks
     // of zeros have code 0.
     "_quantize_bounds_out(Tensor x, Tensor bounds, int block, Tensor(a!) codes, Tensor(b!) absmax) "

@@ -290,12 +290,9 @@ def workspace_bytes(name: str, args: tuple[Any, ...]) -> int:
     The estimator asks; the figures follow the code above.
     """
     if name == "linear_int8":
-        from ._operators_int8 import workspace_bytes as int8_bytes
+        from ._operators_int8 import workspace_of as int8_workspace
 
-        x, bias, threshold, out_features = args[0], args[3], args[4], args[6]
-        count = x.numel() // x.shape[-1] if x.shape[-1] else 0
-        widened = 0 if bias is None or bias.dtype == torch.float32 else 4 * out_features
-        return int8_bytes(count, x.shape[-1], threshold) + widened
+        return int8_workspace(args)
     if name == "recurrent_int8":
         from ._recurrent import workspace_of
 

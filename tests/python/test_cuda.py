@@ -27,6 +27,8 @@ if os.environ.get("REQUIRE_GPU") == "1":
 needs_gpu = pytest.mark.skipif(
     not (torch.cuda.is_available() and _native.HAS_CUDA_OPERATORS), reason="no GPU"
 )
+# Of cases that every device must pass, wherever they stand.
+DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
 needs_operators = pytest.mark.skipif(
     not _native.HAS_CUDA_OPERATORS, reason="built without CUDA, or beside a torch without it"
 )
