@@ -1,4 +1,4 @@
-"""The command line: `vramkit demo | doctor | estimate | sensitivity | plan | convert | fit | serve`.
+"""Command line: `vramkit demo | doctor | estimate | sensitivity | plan | convert | fit | serve`.
 
 Exit codes: 0 done; 1 an error that the text explains; 2 wrong usage; 3 a memory limit that
 cannot be met (the text, and `needed_bytes` in the JSON, say the smallest that would do).
