@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 from typing import Any
@@ -54,10 +53,9 @@ def chatterbox(
             raise ImportError(
                 f"the server needs more packages ({error}): pip install 'vramkit[serve]'"
             ) from error
-        for name, value in (("HOST", host), ("PORT", port), ("ENGINE", engine)):
-            if value is not None:
-                os.environ[name] = str(value)
-        settings = read_settings(env_file)
+        options = {"host": host, "port": port, "engine": engine}
+        given = {name: value for name, value in options.items() if value is not None}
+        settings = read_settings(env_file, **given)
         app = create_app(settings)
         output.finish(json.loads(settings.model_dump_json()))
         if check:

@@ -144,6 +144,7 @@ def squared_difference(error: float, length: int, more: float = 0.0) -> float:
     """
     return 4 * (accumulation_bound(length) + more) / math.sqrt(error)
 
+
 # Quantized activations through a few layers (Chatterbox's networks, random weights): a row of
 # weights and one of activations each err by absmax / 127 / sqrt(12), 0.8 % of a Gaussian row's
 # norm, together 1.1 % a layer; a dozen layers behind residual sums keep within four of them.

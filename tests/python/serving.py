@@ -92,15 +92,14 @@ def event_samples(found: list[dict[str, Any]]) -> np.ndarray:
 
 
 @contextmanager
-def server(folder: Path, *arguments: str, **environment: str) -> Iterator[tuple[Any, str]]:
-    """(process, address) of a real server on a free port of the loopback."""
-    command = [sys.executable, "-m", "vramkit.cli", "serve", "chatterbox", *arguments]
+def server(folder: Path, *command: str, **environment: str) -> Iterator[tuple[Any, str]]:
+    """(process, address) of `python -m command`, once it listens on a free port of the loopback."""
     log = folder / "server.log"
     with log.open("w") as file:
         process = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", "0", "--engine", "formant"],
+            [sys.executable, "-m", *command, "--host", "127.0.0.1", "--port", "0"],
             cwd=folder,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "ENGINE": "formant", **environment},
             stdout=file,
             stderr=subprocess.STDOUT,
         )

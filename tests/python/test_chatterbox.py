@@ -8,7 +8,7 @@ import importlib.util
 import sys
 import types
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -201,7 +201,7 @@ def test_devices() -> None:
 class Upstream:
     """Stands where `chatterbox.tts.ChatterboxTTS` does."""
 
-    asked: list[tuple[Any, ...]] = []
+    asked: ClassVar[list[tuple[Any, ...]]] = []
 
     @classmethod
     def from_local(cls, path: Any, device: str) -> Chatterbox:

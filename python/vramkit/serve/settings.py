@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -88,8 +88,10 @@ class ChatterboxSettings(BaseSettings):
         return [origin.strip() for origin in self.cors_origins.split(",") if origin.strip()]
 
 
-def read_settings(env_file: str | os.PathLike[str] | None = ".env") -> ChatterboxSettings:
-    """Settings from the environment, then the file, then defaults; other variables are ignored.
+def read_settings(
+    env_file: str | os.PathLike[str] | None = ".env", **given: Any
+) -> ChatterboxSettings:
+    """Settings as `given`, else from the environment, the file, defaults; others are ignored.
 
     Raises SettingsError, which names each variable, what it held and what it may hold.
     """
@@ -99,7 +101,7 @@ def read_settings(env_file: str | os.PathLike[str] | None = ".env") -> Chatterbo
             raise SettingsError(f"there is no file {path} with settings")
         path = None
     try:
-        return ChatterboxSettings(_env_file=path)  # type: ignore[call-arg]
+        return ChatterboxSettings(_env_file=path, **given)
     except ValidationError as error:
         lines = [
             f"{'.'.join(str(part) for part in e['loc'][:1]).upper()}={e['input']!r}: {e['msg']}"
