@@ -14,6 +14,8 @@ from typing import Any
 
 import httpx
 import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as limits
 from serving import SPEECH, GatedEngine, client, events, run, samples, server, settings
 from vramkit.serve.admission import Admission, BusyError
 from vramkit.serve.chatterbox import create_app
@@ -181,7 +183,9 @@ def test_a_client_that_leaves_frees_its_place() -> None:
             return bytes(2)
 
     async def leave(app: Any, stream: str) -> None:
-        body = json.dumps({"input": "Twenty letters here. " * 100, "stream_format": stream}).encode()
+        body = json.dumps(
+            {"input": "Twenty letters here. " * 100, "stream_format": stream}
+        ).encode()
         sent = False
 
         async def receive() -> dict[str, Any]:
@@ -219,7 +223,7 @@ def test_a_client_that_leaves_frees_its_place() -> None:
 
 
 def test_many_at_once_get_their_own_answers() -> None:
-    texts = [f"Number {i}. " * (1 + i % 4) for i in range(24)]
+    texts = [f"Number {i}. " * (1 + i % 3) for i in range(12)]
 
     async def work() -> None:
         async with client(max_concurrent_requests=3, max_chunk_length=30) as api:
@@ -231,7 +235,7 @@ def test_many_at_once_get_their_own_answers() -> None:
 
             alone = [await ask(text) for text in texts]
             assert len(set(alone)) == len(texts)
-            order = [*range(24), *reversed(range(24))]
+            order = [*range(12), *reversed(range(12))]
             found = await asyncio.gather(*(ask(texts[i]) for i in order))
             assert found == [alone[i] for i in order]
 
@@ -268,7 +272,7 @@ def test_stopping_lets_what_runs_end() -> None:
 
 def test_a_signal_ends_it_gracefully(tmp_path: Path) -> None:
     """What was accepted is answered in full, then the process ends by itself with code 0."""
-    text = "This is a sentence of some length, to be spoken while the signal comes. " * 10
+    text = "This is a sentence of some length, to be spoken while the signal comes. " * 5
     with (
         server(tmp_path, "vramkit.cli", "serve", "chatterbox") as (process, address),
         httpx.Client(base_url=address, timeout=60) as api,
@@ -291,7 +295,7 @@ def test_a_signal_ends_it_gracefully(tmp_path: Path) -> None:
         assert process.wait(60) == 0
     assert [a.status_code for a in answers] == [200] * 4
     assert len({hashlib.sha256(a.content).hexdigest() for a in answers}) == 1
-    assert len(samples(answers[0].content)) > 24000 * 20
+    assert len(samples(answers[0].content)) > 24000 * 10
 
 
 # --- fuzzed requests ----------------------------------------------------------------------------
@@ -300,8 +304,6 @@ def test_a_signal_ends_it_gracefully(tmp_path: Path) -> None:
 def test_fuzzed_requests_are_never_errors_of_the_server() -> None:
     """Requests made from the OpenAPI document, right and wrong: documented answers, no 5xx."""
     schemathesis = pytest.importorskip("schemathesis")
-    from hypothesis import HealthCheck, Phase
-    from hypothesis import settings as limits
     from schemathesis.checks import not_a_server_error
     from schemathesis.specs.openapi.checks import (
         content_type_conformance,
@@ -310,7 +312,7 @@ def test_fuzzed_requests_are_never_errors_of_the_server() -> None:
     )
 
     class Quick(FormantEngine):
-        """Says a word for each piece, so that the time goes into requests."""
+        """Says a letter for each piece, so that the time goes into requests."""
 
         def speak(self, text: str, options: Any) -> bytes:
             return super().speak("a", options)
@@ -318,51 +320,24 @@ def test_fuzzed_requests_are_never_errors_of_the_server() -> None:
     chosen = settings()
     schema = schemathesis.openapi.from_asgi("/openapi.json", create_app(chosen, Quick(chosen)))
     seen: dict[str, set[int]] = {}
-
-    @schema.parametrize()
-    @limits(
-        max_examples=40,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        phases=[Phase.explicit, Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )
-    def fuzz(case: Any) -> None:
-        answer = case.call()
-        seen.setdefault(case.path, set()).add(answer.status_code)
-        case.validate_response(
-            answer,
-            checks=[
-                not_a_server_error,
-                status_code_conformance,
-                content_type_conformance,
-                response_schema_conformance,
-            ],
-        )
-
     for result in schema.get_all_operations():
-        operation = result.ok()
-        operation.as_strategy()
-    from hypothesis import given
 
-    for result in schema.get_all_operations():
-        strategy = result.ok().as_strategy()
-
-        @limits(
-            max_examples=40,
-            deadline=None,
-            derandomize=True,
-            database=None,
-            phases=[Phase.generate],
-            suppress_health_check=list(HealthCheck),
-        )
-        @given(case=strategy)
-        def one(case: Any) -> None:
+        @limits(max_examples=25, deadline=None, derandomize=True, database=None,
+                suppress_health_check=list(HealthCheck))  # fmt: skip
+        @given(case=result.ok().as_strategy())
+        def fuzz(case: Any) -> None:
             answer = case.call()
             seen.setdefault(case.path, set()).add(answer.status_code)
-            assert answer.status_code < 500, answer.text
+            case.validate_response(
+                answer,
+                checks=[
+                    not_a_server_error,
+                    status_code_conformance,
+                    content_type_conformance,
+                    response_schema_conformance,
+                ],
+            )
 
-        one()
+        fuzz()
     assert set(seen) == set(schema.raw_schema["paths"])
     assert 200 in seen[SPEECH]

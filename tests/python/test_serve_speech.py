@@ -111,7 +111,7 @@ def test_fricatives_are_noise_in_their_band(name: str, low: float, high: float) 
 def test_lengths_and_silence() -> None:
     assert len(synthesize([], seed=0)) == 0
     made = synthesize([Segment(SILENCE, 0.1, 0.0)], seed=0)
-    assert len(made) == 20 * HOP
+    assert len(made) == 10 * HOP
     assert np.abs(made).max() < 1e-12
 
 

@@ -66,7 +66,15 @@ _SPEECH: dict[int | str, dict[str, Any]] = {
         "description": "A WAV file (mono, 16 bit), or events that hold its samples",
         "content": {
             "audio/wav": {"schema": {"type": "string", "format": "binary"}},
-            "text/event-stream": {"schema": {"type": "string"}},
+            "text/event-stream": {
+                "schema": {
+                    "type": "object",
+                    "properties": {
+                        "data": {"type": "string", "contentMediaType": "application/json"}
+                    },
+                    "required": ["data"],
+                }
+            },
         },
     },
     **_ERRORS,
