@@ -131,3 +131,28 @@ def test_the_app_is_made_from_the_environment(monkeypatch: pytest.MonkeyPatch) -
     assert chatterbox.app.state.service.settings.port == 5
     assert chatterbox.app is chatterbox.app
     monkeypatch.delitem(vars(chatterbox), "app")
+
+
+DOCKER = Path(__file__).resolve().parents[2] / "docker"
+
+
+@pytest.mark.skipif(not DOCKER.is_dir(), reason="the tests stand outside the repository")
+def test_the_example_file_holds_every_setting_and_its_default() -> None:
+    example = DOCKER / ".env.example"
+    found = dict(re.findall(r"^(\w+)=(.*)$", example.read_text(), flags=re.MULTILINE))
+    assert list(found) == NAMES
+    assert read_settings(example) == read_settings(None)
+
+
+@pytest.mark.skipif(not DOCKER.is_dir(), reason="the tests stand outside the repository")
+@pytest.mark.parametrize("name", ["docker-compose.yml", "docker-compose.gpu.yml"])
+def test_compose_files(name: str) -> None:
+    yaml = pytest.importorskip("yaml")
+    service = yaml.safe_load((DOCKER / name).read_text())["services"]["chatterbox"]
+    build = service["build"]
+    assert (DOCKER / build["context"] / build["dockerfile"]).is_file()
+    dockerfile = (DOCKER / "Dockerfile").read_text()
+    assert all(f"ARG {argument}=" in dockerfile for argument in build["args"])
+    assert set(service["environment"]) <= set(NAMES)
+    grace = int(service["stop_grace_period"].removesuffix("s"))
+    assert grace > ChatterboxSettings.model_fields["shutdown_timeout_seconds"].default
