@@ -101,7 +101,7 @@ def read_settings(
             raise SettingsError(f"there is no file {path} with settings")
         path = None
     try:
-        return ChatterboxSettings(_env_file=path, **given)
+        return ChatterboxSettings(_env_file=path, **given)  # type: ignore[call-arg]
     except ValidationError as error:
         lines = [
             f"{'.'.join(str(part) for part in e['loc'][:1]).upper()}={e['input']!r}: {e['msg']}"
