@@ -271,6 +271,15 @@ def test_stopping_lets_what_runs_end() -> None:
 # --- a server of its own ------------------------------------------------------------------------
 
 
+def _accepted(metrics: str) -> float:
+    """How many speech requests have been answered, are running or wait."""
+    lines = (
+        r"^vramkit_(?:running|waiting|"
+        r'requests_total\{path="/v1/audio/speech",status="\d+"\}) (\S+)$'
+    )
+    return sum(map(float, re.findall(lines, metrics, re.MULTILINE)))
+
+
 def test_a_signal_ends_it_gracefully(tmp_path: Path) -> None:
     """What was accepted is answered in full, then the process ends by itself with code 0."""
     text = "This is a sentence of some length, to be spoken while the signal comes. " * 5
@@ -287,9 +296,9 @@ def test_a_signal_ends_it_gracefully(tmp_path: Path) -> None:
             return httpx.post(f"{address}{SPEECH}", json={"input": text}, timeout=60)
 
         asked = [threads.submit(ask, i) for i in range(4)]
-        while re.search(r"^vramkit_waiting [123]", api.get("/metrics").text, re.MULTILINE) is None:
-            assert not all(a.done() for a in asked), "no request was seen to wait"
-        # Those that were waiting a moment ago are under way or queued: none may be lost.
+        while (seen := _accepted(api.get("/metrics").text)) < 4:
+            assert process.poll() is None, seen
+        assert not all(a.done() for a in asked)
         process.send_signal(signal.SIGTERM)
         answers = [a.result() for a in asked]
         assert process.wait(60) == 0
