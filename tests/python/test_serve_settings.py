@@ -56,6 +56,31 @@ def test_file_and_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         read_settings("missing.env")
 
 
+# The blocks of the guide's text, each as it stands there.
+GUIDE = {
+    "# Enable INT8 quantization\nUSE_INT8_QUANTIZATION=true": {"use_int8_quantization": True},
+    "USE_INT8_QUANTIZATION=true\nMODEL_DTYPE=float16": {"model_dtype": "float16"},
+    "USE_INT8_QUANTIZATION=false\nMODEL_DTYPE=float32": {"model_dtype": "float32"},
+    "USE_INT8_QUANTIZATION=false\nMODEL_DTYPE=auto  # Uses float16 on CUDA": {
+        "model_dtype": "auto"
+    },
+    "USE_INT8_QUANTIZATION=true\nMODEL_DTYPE=auto  # Ignored when quantization is enabled": {
+        "model_dtype": "auto", "use_int8_quantization": True
+    },
+    "USE_INT8_QUANTIZATION=false\nMODEL_DTYPE=bfloat16": {"model_dtype": "bfloat16"},
+    "MAX_CHUNK_LENGTH=200": {"max_chunk_length": 200},
+    "MEMORY_CLEANUP_INTERVAL=3\nCUDA_CACHE_CLEAR_INTERVAL=2": {
+        "memory_cleanup_interval": 3, "cuda_cache_clear_interval": 2
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("block", list(GUIDE))
+def test_the_guides_settings(block: str) -> None:
+    Path(".env").write_text(block + "\n")
+    assert GUIDE[block].items() <= read_settings().model_dump().items()
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
