@@ -1,4 +1,4 @@
-"""The command line: `vramkit demo | doctor | estimate | sensitivity | plan | convert | fit`.
+"""Command line: `vramkit demo | doctor | estimate | sensitivity | plan | convert | fit | serve`.
 
 Exit codes: 0 done; 1 an error that the text explains; 2 wrong usage; 3 a memory limit that
 cannot be met (the text, and `needed_bytes` in the JSON, say the smallest that would do).
@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import __version__
+from .cli_serve import serve
 from .errors import BudgetError, VramkitError
 from .precision import PrecisionMode
 from .sizes import format_size
@@ -641,6 +642,9 @@ def _verified(console: Console, model: Any, made: Any, inputs: Any) -> dict[str,
         model.eval()(*(torch.zeros_like(v, device="cpu") for v in args), **named)
     console.print(str(found), highlight=False)
     return found.to_dict()
+
+
+main.add_command(serve)
 
 
 if __name__ == "__main__":
