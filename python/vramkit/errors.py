@@ -48,3 +48,7 @@ class StaleHandleError(VramkitError, RuntimeError):
 
 class ReadOnlyWeightError(VramkitError, RuntimeError):
     """A write to the `.weight` of a converted layer, which would otherwise be lost in silence."""
+
+
+class PrecisionConfigError(VramkitError, ValueError):
+    """A quantization config that contradicts itself, or asks for what vramkit does not do."""
