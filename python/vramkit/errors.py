@@ -52,3 +52,7 @@ class ReadOnlyWeightError(VramkitError, RuntimeError):
 
 class PrecisionConfigError(VramkitError, ValueError):
     """A quantization config that contradicts itself, or asks for what vramkit does not do."""
+
+
+class PrunedModuleError(VramkitError, RuntimeError):
+    """A call of a module whose weights were taken out because a trace never called it."""
