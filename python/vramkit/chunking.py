@@ -148,7 +148,9 @@ def _largest(peak: Any, whole: int, limit: int) -> tuple[int, int]:
 def _values(model: nn.Module, inputs: Any) -> dict[Key, Tensor]:
     """The arguments of a call by position and name; shapes become tensors without memory."""
     args, kwargs = call_arguments(inputs, model_dtype(model))
-    return {**dict(enumerate(args)), **kwargs}
+    values: dict[Key, Tensor] = dict(enumerate(args))
+    values.update(kwargs.items())
+    return values
 
 
 def _call(model: nn.Module, values: Mapping[Key, Any]) -> Any:
@@ -267,7 +269,8 @@ def _run(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    values: dict[Key, Any] = {**dict(enumerate(args)), **kwargs}
+    values: dict[Key, Any] = dict(enumerate(args))
+    values.update(kwargs.items())
     if not set(axis) <= set(values):
         missing = sorted(map(str, set(axis) - set(values)))
         raise TypeError(

@@ -188,9 +188,11 @@ class _Flow(nn.Module):
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
         self.codebooks = nn.ParameterList(
-            nn.Parameter(torch.randn(config.codebook_size, config.codebook_dim))
+            nn.Parameter(torch.empty(config.codebook_size, config.codebook_dim))
             for _ in range(config.num_quantizers)
         )
+        for book in self.codebooks:
+            nn.init.normal_(book)
         self.project_out = nn.Linear(config.codebook_dim, config.dim)
         self.cond_feature_emb = nn.Linear(config.dim, config.dim)
         self.estimator = _Estimator(config)

@@ -265,9 +265,11 @@ class HeartMuLa(nn.Module):
         self.unconditional_text_embedding = nn.Embedding(1, backbone.dim)
         self.projection = nn.Linear(backbone.dim, decoder.dim, bias=False)
         self.codebook0_head = nn.Linear(backbone.dim, audio, bias=False)
+        # Filled once it is registered: a skeleton's parameters have no memory by then.
         self.audio_head = nn.Parameter(
-            torch.randn(config.audio_num_codebooks - 1, decoder.dim, audio) / decoder.dim**0.5
+            torch.empty(config.audio_num_codebooks - 1, decoder.dim, audio)
         )
+        nn.init.normal_(self.audio_head, std=decoder.dim**-0.5)
         self.muq_linear = nn.Linear(config.muq_dim, backbone.dim)
 
     @property

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint import WEIGHTS
+from ..shards import WEIGHTS
 from .codec import CodecConfig, HeartCodec
 from .model import HeartMuLa, HeartMuLaConfig
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import shutil
 import subprocess
@@ -50,9 +51,7 @@ def _mp3(sound: Tensor, rate: int) -> bytes:
     found = mp3_encoder()
     channels = sound.shape[0]
     if found == "lameenc":
-        import lameenc
-
-        encoder = lameenc.Encoder()
+        encoder = importlib.import_module("lameenc").Encoder()
         encoder.set_bit_rate(192)
         encoder.set_in_sample_rate(rate)
         encoder.set_channels(channels)
