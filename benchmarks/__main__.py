@@ -23,6 +23,7 @@ SUITES = {
     "estimate": "predicted against measured peaks on a frozen zoo, beside the peers",
     "offload": "offloaded models against copies, direct reads, the arithmetic and accelerate",
     "loading": "checkpoints warm and cold, against safetensors, copies and direct reads",
+    "systems": "Hunyuan3D-Part and HeartMuLa at true scale: bytes by mode beside their claims",
     "interop": "bitsandbytes' operators on our kernels and on its own; memory of a QLoRA step",
     "serve": "the Chatterbox server under 50 clients: lost and mixed-up answers, latency, memory",
 }

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from . import _core
+from .bnb_config import QuantizationConfig, resolve
 from .convert import (
     Candidate,
     Precision,
@@ -81,7 +82,7 @@ class _Output:
 def load(
     path: str | os.PathLike[str],
     *,
-    precision: Precision | Mapping[str, Precision | None] | None = None,
+    precision: Precision | Mapping[str, Precision | None] | QuantizationConfig | None = None,
     vram_limit: int | float | str | None = None,
     factory: Callable[[], nn.Module] | None = None,
     skip: Iterable[str] = (),
@@ -97,7 +98,8 @@ def load(
 
     Args:
         path: A folder that `save` or transformers wrote, or a safetensors file with `factory`.
-        precision: Convert to this while loading, as `convert` would; None: as stored.
+        precision: Convert to this (a precision, one by layer, a `BitsAndBytesConfig`) while
+            loading, as `convert` would; None: as stored.
         vram_limit: With `offload`, bounds the weights in memory. Else: choose formats so that the
             weights fit (a first pass reads the weights once to measure what each format would
             lose).
@@ -145,10 +147,11 @@ def load(
     if vram_limit is not None:
         made = plan_checkpoint(path, vram_limit, factory=factory, skip=skip, progress=progress)
         precision = {entry.name: entry.format for entry in made.entries}
+    wanted, skip, request = resolve(precision, skip)
     model = build_skeleton(path, factory)
     checkpoint = Checkpoint(path)
     places = match_names(model, checkpoint)
-    chosen = _choose(model, precision, skip)
+    chosen = _choose(model, wanted, skip)
     freed = _FreedMemory()
     with progress_bar(progress, checkpoint.nbytes, "load") as advance:
         done: set[int] = set()
@@ -172,6 +175,8 @@ def load(
                 set_tensor(model, name, tensor, getattr(value, "requires_grad", False))
             advance(size, name)
     keep_ties(model)
+    if request is not None:
+        request.finish(model)
     _check_complete(model, path)
     return model
 
@@ -341,7 +346,7 @@ def _dtype_name(name: str, tensor: Tensor) -> str:
 def convert_checkpoint(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
-    precision: Precision | Mapping[str, Precision | None],
+    precision: Precision | Mapping[str, Precision | None] | QuantizationConfig,
     *,
     factory: Callable[[], nn.Module] | None = None,
     skip: Iterable[str] = (),
@@ -352,7 +357,8 @@ def convert_checkpoint(
     Args:
         source: A transformers folder, or a safetensors file with `factory`.
         target: The folder to write; `load` reads it.
-        precision: One precision or format, or one by layer name (a plan's).
+        precision: One precision or format, one by layer name (a plan's), or a
+            `BitsAndBytesConfig`.
         factory: Builds the module where `source` does not say what it is.
         skip: Layers to leave plain.
         progress: True for a progress bar.
@@ -360,10 +366,11 @@ def convert_checkpoint(
     Returns bytes before and after. Host memory stays under two of the largest tensors and about
     100 MB, whatever the model's size. An interrupted conversion leaves no checkpoint behind.
     """
+    wanted, left_plain, _ = resolve(precision, skip)
     skeleton = build_skeleton(source, factory)
     checkpoint = Checkpoint(source)
     places = match_names(skeleton, checkpoint)
-    chosen = _choose(skeleton, precision, skip)
+    chosen = _choose(skeleton, wanted, left_plain)
     outputs = _outputs(skeleton, chosen)
     folder = Path(target)
     into = folder / WEIGHTS if Path(source).is_file() else folder
@@ -443,7 +450,7 @@ def _write_output(writer: _core.SafetensorsWriter, output: _Output, tensor: Tens
 
 def _converted_structure(
     skeleton: nn.Module,
-    precision: Precision | Mapping[str, Precision | None],
+    precision: Precision | Mapping[str, Precision | None] | QuantizationConfig,
     skip: Iterable[str],
 ) -> dict[str, Any]:
     """The manifest of what is about to be written: the skeleton converted by shapes alone."""

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import __version__
+from .cli_heartmula import heartmula
 from .cli_serve import serve
 from .errors import BudgetError, VramkitError
 from .precision import PrecisionMode
@@ -644,8 +645,9 @@ def _verified(console: Console, model: Any, made: Any, inputs: Any) -> dict[str,
     return found.to_dict()
 
 
+reported = _reported  # for commands in files of their own
+main.add_command(heartmula)
 main.add_command(serve)
-
 
 if __name__ == "__main__":
     main()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ._operators import StoredParts, encode
 from ._operators_int8 import LONGEST_ROW
+from .bnb_config import QuantizationConfig, resolve
 from .candidates import Candidate, Parameters, User, candidates, matches
 from .errors import NonFiniteWeightError
 from .formats import StorageFormat, get_format
@@ -222,7 +223,7 @@ def storage_format(precision: Precision) -> StorageFormat:
 @torch.no_grad()
 def convert(
     model: nn.Module,
-    precision: Precision | Mapping[str, Precision | None],
+    precision: Precision | Mapping[str, Precision | None] | QuantizationConfig,
     *,
     skip: Iterable[str] = (),
     parameters: Parameters = True,
@@ -241,7 +242,8 @@ def convert(
         model: Any module.
         precision: One precision or format for all, or one by name (others stay plain). A layer's
             `weight` has the layer's name, any other parameter its own; the name of a module with
-            several stands for all of them.
+            several stands for all of them. Or transformers' `BitsAndBytesConfig`, or any object
+            with its fields (docs/interop.md): honoured, or refused by the field's name.
         skip: What to leave plain: full names, parents, last parts ("lm_head") or globs.
         parameters: Raw parameters outside torch's own layers. True: those of two dimensions or
             more and at least 16,384 elements; False: none; names or globs: those, of any size.
@@ -259,14 +261,16 @@ def convert(
 
     Every weight is encoded before the first layer changes: after an error or an interrupt the model
     is what it was. Raises NonFiniteWeightError for NaN, infinity or overflow, and ValueError for an
-    unknown precision or layer name.
+    unknown precision or layer name (PrecisionConfigError for a config that cannot be honoured).
 
     >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU())
     >>> vramkit.convert(model, "nf4").bytes
     2560
     """
-    found, left_out = candidates(model, skip, parameters)
-    chosen, reasons = formats_for(found, precision)
+    wanted, skip, request = resolve(precision, skip)
+    on_cpu = request.on_cpu(model) if request is not None else []
+    found, left_out = candidates(model, (*skip, *on_cpu), parameters)
+    chosen, reasons = formats_for(found, wanted)
     left_out += [
         (c.full_name, reasons[c.name], c.original_bytes) for c in found if c.name in reasons
     ]
@@ -303,6 +307,8 @@ def convert(
         )
         swap_candidate(candidate, parts)
     keep_ties(model)
+    if request is not None:
+        request.finish(model, on_cpu)
     if "peft.tuners.lora.model" in sys.modules:
         from .interop.peft import register
 

@@ -48,3 +48,11 @@ class StaleHandleError(VramkitError, RuntimeError):
 
 class ReadOnlyWeightError(VramkitError, RuntimeError):
     """A write to the `.weight` of a converted layer, which would otherwise be lost in silence."""
+
+
+class PrecisionConfigError(VramkitError, ValueError):
+    """A quantization config that contradicts itself, or asks for what vramkit does not do."""
+
+
+class PrunedModuleError(VramkitError, RuntimeError):
+    """A call of a module whose weights were taken out because a trace never called it."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .bnb_config import QuantizationConfig, resolve
 from .convert import (
     Candidate,
     Precision,
@@ -342,6 +343,7 @@ def fit(
     skip: Iterable[str] = (),
     progress: bool | Progress = False,
     verify: bool = True,
+    precision: Precision | QuantizationConfig | None = None,
     **options: Any,
 ) -> nn.Module:
     """Plan and convert in one step: `model`, changed in place so that it fits; see `plan`.
@@ -350,7 +352,13 @@ def fit(
     gradients is measured (it takes a little longer): ``print(model.vramkit_first_run)`` then shows
     what it took beside the estimate and the limit. A call that takes more than the limit, or over
     5 % off the estimate made for its shapes, is warned of. `options` are further ones of `plan`.
+
+    With a `precision` (or transformers' `BitsAndBytesConfig`, or an object with its fields) that is
+    the one format offered, in place of `formats`: layers stay plain as far as the limit lets them.
     """
+    wanted, skip, request = resolve(precision, skip)
+    if precision is not None:
+        formats = (wanted,)
     made = plan(
         model,
         vram_limit,
@@ -362,6 +370,8 @@ def fit(
         **options,
     )
     made.apply(model, progress=progress, inputs=inputs if len(made.phases) < 2 else None)
+    if request is not None:
+        request.finish(model)
     object.__setattr__(model, "vramkit_plan", made)
     if verify:
         object.__setattr__(model, "vramkit_first_run", watch_first_run(model, made, inputs))

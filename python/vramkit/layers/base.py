@@ -326,7 +326,8 @@ def unswap(layer: QuantizedLayer, weights: nn.Parameter | dict[str, nn.Parameter
             layer._parameters.pop(part_name(name, part))
     order = layer.__dict__.pop("_plain_order")
     layer.__dict__.pop("_stored")
-    layer.__dict__.pop("_shares_parts", None)
+    for own in ("_shares_parts", "computes_in"):
+        layer.__dict__.pop(own, None)
     layer.__class__ = layer._base  # type: ignore[assignment]
     # In the order that state dicts of plain layers have.
     found = {**plain, **layer._parameters}

@@ -29,12 +29,17 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
     """
 
     activation_modes = ("", "int8_dynamic", "llm_int8")
+    # Asked for by a config (bnb_4bit_compute_dtype): x is cast to it, and y back. Autocast wins.
+    computes_in: torch.dtype | None = None
     in_features: int
     out_features: int
     bias: nn.Parameter | None  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output, [..., out_features]."""
+        asked = self.computes_in
+        if asked is not None and x.dtype != asked and not torch.is_autocast_enabled(x.device.type):
+            return self.forward(x.to(asked)).to(x.dtype)
         fmt = self._stored["weight"].fmt
         # Past what module look-ups take: small layers need a few microseconds.
         # Whoever shards, offloads or parametrizes may keep parameters elsewhere, or as other types.
