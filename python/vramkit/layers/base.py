@@ -336,6 +336,7 @@ def unswap(layer: QuantizedLayer, weights: nn.Parameter | dict[str, nn.Parameter
     order = layer.__dict__.pop("_plain_order")
     layer.__dict__.pop("_stored")
     layer.__dict__.pop("_shares_parts", None)
+    layer.__dict__.pop("_fp8_computation", None)
     layer.__class__ = layer._base  # type: ignore[assignment]
     # In the order that state dicts of plain layers have.
     found = {**plain, **layer._parameters}
