@@ -160,6 +160,7 @@ class _Switch:
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
             self.state.exact["compiled"] += 1
+            self.state.warn("compiled code keeps exact attention: FP8 attention is not traced")
             return
         stack = self._entered.__dict__.get("modes")
         if not stack:  # an earlier hook failed before this one entered
