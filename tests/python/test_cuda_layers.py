@@ -314,3 +314,61 @@ def test_recurrent_layers_on_a_gpu_without_a_warning(recwarn: pytest.WarningsRec
     assert all(torch.equal(a, b) for a, b in zip(biases, kept, strict=True))
     assert float((made.cpu() - expected).abs().max()) < 1e-5  # a few float32 roundings of |h| < 1
     assert not any("contiguous chunk" in str(w.message) for w in recwarn)
+
+
+# Out of memory
+
+
+def no_memory(*_: Any, **__: Any) -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has …")
+
+
+@pytest.mark.parametrize(
+    ("kind", "place"),
+    [
+        ("linear", "vramkit._operators.new_tensor"),
+        ("dequantize", "vramkit._operators.new_tensor"),
+        ("conv", "vramkit._convolution.torch.empty"),
+    ],
+)
+def test_running_out_of_memory_keeps_torchs_type_and_the_layer(
+    kind: str, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vramkit.offload.pressure import bytes_asked_for, is_out_of_memory
+
+    layer = nn.Conv1d(8, 8, 3) if kind == "conv" else nn.Linear(128, 256)
+    x = torch.randn(1, 8, 20) if kind == "conv" else torch.randn(300, 128)
+    vramkit.convert(layer, "nf4")
+
+    def run() -> Tensor:
+        if kind == "dequantize":
+            return layer.dense_weight()
+        if kind == "conv":
+            return _convolution._conv_by_torch(*arguments(layer, x, layer.parts))
+        made: Tensor = torch.ops.vramkit.linear(
+            x, *layer.parts.arguments, layer.bias, layer.parts.fmt.spec, 256
+        )
+        return made
+
+    before = run()
+    with monkeypatch.context() as patch:
+        patch.setattr(place, no_memory)
+        with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate") as caught:
+            run()
+    assert is_out_of_memory(caught.value)
+    assert bytes_asked_for(caught.value) == 20 << 20
+    assert torch.equal(run(), before)
+
+
+def test_the_engines_lack_of_device_memory_is_torchs_too() -> None:
+    from vramkit.errors import DeviceMemoryError, VramkitError
+    from vramkit.offload.pressure import is_out_of_memory
+
+    error = DeviceMemoryError("no memory", 4096)
+    assert isinstance(error, torch.OutOfMemoryError)
+    assert isinstance(error, MemoryError)
+    assert isinstance(error, VramkitError)
+    assert is_out_of_memory(error)
+    assert error.requested_bytes == 4096
+    # As it is raised again with more to say.
+    assert type(error)("more").requested_bytes == 0
