@@ -413,6 +413,16 @@ class StoredParts:
             part.numel() for part in (self.codes, self.scales, self.extra) if part is not None
         )
 
+    def to(self, device: torch.device) -> StoredParts:
+        """The same parts on `device`."""
+        codes, scales, extra = (
+            None if part is None else part.to(device)
+            for part in (self.codes, self.scales, self.extra)
+        )
+        assert codes is not None
+        assert scales is not None
+        return StoredParts(self.fmt, self.shape, codes, scales, extra, self.lead)
+
     @property
     def arguments(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Codes, scales, extra and table: what every operator on a stored weight begins with."""

@@ -73,6 +73,9 @@ def compensate(
 
     Raises CalibrationError where the moment is not finite.
     """
+    if parts.codes.device.type != "cpu":
+        _compensate_here(weight, parts, moment, damping=damping, passes=passes)
+        return
     order, first, again = feedback_coefficients(damped(moment, damping))
     source = weight.detach().reshape(weight.shape[0], -1).to(torch.float32).contiguous()
     table = parts.fmt.table_on(parts.codes.device)
@@ -88,3 +91,12 @@ def compensate(
             number > 0,
             parts.codes,
         )
+
+
+def _compensate_here(
+    weight: Tensor, parts: StoredParts, moment: Tensor, *, damping: float, passes: int
+) -> None:
+    """The same for a weight on another device: the kernel is the processor's, the codes go back."""
+    here = parts.to(torch.device("cpu"))
+    compensate(weight.cpu(), here, moment.cpu(), damping=damping, passes=passes)
+    parts.codes.copy_(here.codes)

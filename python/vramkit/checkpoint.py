@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from . import _core
@@ -93,6 +94,7 @@ def load(
     vram_buffer: int | float | str = 0,
     folder: str | os.PathLike[str] | None = None,
     cache_limit: int | float | str = CACHE_BYTES / 2**30,
+    device: str | torch.device | None = None,
 ) -> nn.Module:
     """Build a model from a checkpoint, converting tensor by tensor on the way.
 
@@ -115,6 +117,8 @@ def load(
         inputs: Of the offloading, with `vram_buffer` and `folder`: see `enable_vram_management`.
         cache_limit: How much a cache in `folder` may hold (GiB, or text) of blocks whose tensors
             lie scattered in the checkpoint: they are gathered there once.
+        device: Where the whole model goes; while converting, tensor by tensor, so that neither
+            memory holds more than it would alone. Not with offloading, which places blocks itself.
 
     Host memory stays under the loaded size, two of the largest tensors and about 100 MB. Raises
     CheckpointError for an unsound or foreign checkpoint; nothing is left half-loaded. Offloading
@@ -134,6 +138,11 @@ def load(
         )
     if converted and vram_limit is not None and not offload:
         raise ValueError(f"{path} is converted already, so a limit has no formats to choose")
+    place = None if device is None else torch.device(device)
+    if place is not None:
+        if offload:
+            raise ValueError("device= places a whole model; offloading places its blocks itself")
+        torch.empty(0, device=place)  # a device that is not there is an error before all reading
     if mapped and not offload and (precision is not None or vram_limit is not None):
         raise ValueError("what is mapped stays as stored: it cannot be converted while loading")
     if offload or (precision is None and vram_limit is None):
@@ -143,7 +152,7 @@ def load(
             from .offload.manage import enable_vram_management
 
             enable_vram_management(model, vram_limit, vram_buffer, inputs=inputs, folder=folder)
-        return model
+        return model if place is None else model.to(place)
     if vram_limit is not None:
         made = plan_checkpoint(path, vram_limit, factory=factory, skip=skip, progress=progress)
         precision = {entry.name: entry.format for entry in made.entries}
@@ -166,19 +175,23 @@ def load(
                 tensor, size = _read_weight(candidate, checkpoint, places)
                 check_weight(candidate.name, tensor, fmt)
                 parts = encode_candidate(candidate, tensor, fmt)
+                if place is not None:
+                    parts = parts.to(place)
                 del tensor
                 freed.count(size)
                 swap_candidate(candidate, parts)
             else:
                 tensor = checkpoint.read(places[name])
                 size = tensor.nbytes
-                set_tensor(model, name, tensor, getattr(value, "requires_grad", False))
+                grad = getattr(value, "requires_grad", False)
+                set_tensor(model, name, tensor if place is None else tensor.to(place), grad)
             advance(size, name)
     keep_ties(model)
     if request is not None:
         request.finish(model)
     _check_complete(model, path)
-    return model
+    # What no file holds: buffers that are not kept.
+    return model if place is None else model.to(place)
 
 
 def _load_as_stored(

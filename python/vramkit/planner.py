@@ -65,7 +65,8 @@ def weight_error(weight: torch.Tensor, fmt: StorageFormat) -> float:
     wanted = max(1, SAMPLE_ELEMENTS // max(1, cols))
     if rows > wanted:
         matrix = matrix[torch.arange(wanted, device=matrix.device) * rows // wanted]
-    matrix = matrix.to(torch.float32).contiguous()
+    # On the processor, whatever the weight's device: the bits are the same, the sample is small.
+    matrix = matrix.to("cpu", torch.float32).contiguous()
     parts = encode(matrix, fmt)
     sums = torch.ops.vramkit._squared_error(
         matrix, parts.codes, parts.scales, parts.extra, fmt.table_on(matrix.device), None, fmt.spec

@@ -87,7 +87,7 @@ TEST_F(EngineCuda, SegmentsComeAndGo) {
   try {
     memory.commit(start + 4 * kGranule, 2 * kGranule);
     FAIL();
-  } catch (const OutOfMemoryError& error) {
+  } catch (const DeviceMemoryError& error) {
     EXPECT_EQ(error.bytes(), kGranule);
     EXPECT_NE(std::string(error.what()).find("torch.cuda.empty_cache"), std::string::npos);
   }

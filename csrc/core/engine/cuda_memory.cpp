@@ -50,10 +50,10 @@ void CudaDevice::check(CudaStatus status, const char* what) const {
 void CudaDevice::check_memory(CudaStatus status, const char* what, std::int64_t bytes) const {
   if (status != kCudaOutOfMemory) return check(status, what);
   calls_->clear_last_error();
-  throw OutOfMemoryError(name_ + ": no memory: " + what + " of " + std::to_string(bytes) +
-                             " bytes failed; other programs, or torch's cache "
-                             "(torch.cuda.empty_cache()), may hold it",
-                         bytes);
+  throw DeviceMemoryError(name_ + ": no memory: " + what + " of " + std::to_string(bytes) +
+                              " bytes failed; other programs, or torch's cache "
+                              "(torch.cuda.empty_cache()), may hold it",
+                          bytes);
 }
 
 OnDevice::OnDevice(const CudaDevice& device) : device_(device) {
