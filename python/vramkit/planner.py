@@ -55,7 +55,8 @@ DEFAULT_FORMATS = (
 def weight_error(weight: torch.Tensor, fmt: StorageFormat) -> float:
     """||W - W'||^2 / ||W||^2 of storing `weight` in `fmt`, in float64 (0 for a zero weight).
 
-    Of a large weight, evenly spaced rows of about `SAMPLE_ELEMENTS` elements stand for all.
+    Of a large weight, evenly spaced rows of about `SAMPLE_ELEMENTS` elements stand for all. They
+    are encoded and compared on the CPU, also those of a weight on a GPU: the codes are the same.
     """
     from ._operators import encode
 
@@ -64,7 +65,7 @@ def weight_error(weight: torch.Tensor, fmt: StorageFormat) -> float:
     wanted = max(1, SAMPLE_ELEMENTS // max(1, cols))
     if rows > wanted:
         matrix = matrix[torch.arange(wanted, device=matrix.device) * rows // wanted]
-    matrix = matrix.to(torch.float32).contiguous()
+    matrix = matrix.to("cpu", torch.float32).contiguous()
     parts = encode(matrix, fmt)
     sums = torch.ops.vramkit._squared_error(
         matrix, parts.codes, parts.scales, parts.extra, fmt.table_on(matrix.device), None, fmt.spec
