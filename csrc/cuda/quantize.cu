@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kThreads, stochastic ? 2 : 4)
 }
 
 template <Element E, int Bits>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 3)
     search_kernel(const __grid_constant__ QuantizeJob job,
                   const __grid_constant__ QuantizePlan plan) {
   each_group(plan,
@@ -53,8 +53,9 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <Element E>
-__global__ void __launch_bounds__(kThreads) pair_kernel(const __grid_constant__ QuantizeJob job,
-                                                        const __grid_constant__ QuantizePlan plan) {
+__global__ void __launch_bounds__(kThreads, 2)
+    pair_kernel(const __grid_constant__ QuantizeJob job,
+                const __grid_constant__ QuantizePlan plan) {
   __shared__ SortedCodes sorted;
   fetch_sorted(job, sorted, static_cast<int>(threadIdx.x));
   __syncthreads();
@@ -77,7 +78,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <Element From, Codes To>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     stochastic_cast_kernel(const __grid_constant__ StochasticCast job) {
   stochastic_block<From, To>(job, blockIdx.x, static_cast<int>(threadIdx.x));
 }
