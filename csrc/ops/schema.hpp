@@ -1,6 +1,6 @@
 // Schemas of all operators, in one place. Implementations: ops.cpp, blockwise.cpp, conv.cpp,
-// int8.cpp, recurrent.cpp (CPU), csrc/cuda/ops, and python/vramkit/_operators.py for those that
-// allocate or call torch's own products.
+// int8.cpp, recurrent.cpp, stochastic.cpp (CPU), csrc/cuda/ops (CUDA), and
+// python/vramkit/_operators.py for those that allocate or call torch's own products.
 //
 // A stored weight is passed as its parts (codes, scales, extra), the codebook's table, and `spec`:
 // [family, bits, grain, block, scale type, encoder, zero point], the fields of vramkit::Format.
@@ -11,6 +11,9 @@ namespace vramkit::ops {
 inline constexpr const char* kSchemas[] = {
     // Public: functional, checked in Python, differentiable where that makes sense.
     "quantize(Tensor x, Tensor? table, int[] spec) -> (Tensor, Tensor, Tensor)",
+    // The same, rounding up or down at random (core/stochastic.hpp).
+    "quantize_stochastic(Tensor x, Tensor? table, int[] spec, int seed) "
+    "-> (Tensor, Tensor, Tensor)",
     "dequantize(Tensor codes, Tensor scales, Tensor? extra, Tensor? table, int[] spec, "
     "int[] shape, ScalarType dtype) -> Tensor",
     "linear(Tensor x, Tensor codes, Tensor scales, Tensor? extra, Tensor? table, Tensor? bias, "
@@ -39,6 +42,8 @@ inline constexpr const char* kSchemas[] = {
     // Kernels: write into what the caller allocated.
     "_quantize_out(Tensor x, Tensor? table, int[] spec, Tensor(a!) codes, Tensor(b!) scales, "
     "Tensor(c!) extra) -> ()",
+    "_quantize_stochastic_out(Tensor x, Tensor? table, int[] spec, int seed, Tensor(a!) codes, "
+    "Tensor(b!) scales) -> ()",
     "_dequantize_out(Tensor codes, Tensor scales, Tensor? extra, Tensor? table, int[] spec, "
     "int rows, int cols, int first_row, Tensor(a!) out) -> ()",
     // `conv` where its weight is decoded whole, in x's dtype; no derivative.

@@ -70,8 +70,15 @@ def _as_matrix(x: Tensor) -> Tensor:
     return x.reshape(x.shape[0], -1)
 
 
+def _rows_of(x: Tensor, spec: list[int]) -> Tensor:
+    """x as a matrix whose rows lie as kernels take them; a copy only where they do not."""
+    matrix = _as_matrix(x)
+    apart = matrix.shape[1] < 2 or matrix.stride(1) == 1
+    return matrix if apart and _separable(spec, matrix.shape[1]) else matrix.contiguous()
+
+
 def _quantize(x: Tensor, table: Tensor | None, spec: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    matrix = _as_matrix(x).contiguous()
+    matrix = _rows_of(x, spec)
     rows, cols = matrix.shape
     direct = list(spec)
     nested = spec[_SCALE] == _SCALE_NESTED
@@ -271,7 +278,9 @@ def _embedding(
 ) -> Tensor:
     rows, cols = shape
     flat = indices.reshape(-1)
-    if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= rows):
+    # On CUDA the kernel looks, and stops the device as torch's own: the host would have to wait.
+    looks = flat.device.type == "cpu" and flat.numel() > 0
+    if looks and (int(flat.min()) < 0 or int(flat.max()) >= rows):
         raise IndexError(f"index out of range: this embedding has {rows} rows")
     out = torch.empty((flat.shape[0], cols), dtype=_kernel_dtype(dtype), device=codes.device)
     if out.numel():
@@ -320,14 +329,14 @@ def workspace_bytes(name: str, args: tuple[Any, ...]) -> int:
 
 
 _library = torch.library.Library("vramkit", "IMPL")
-# On CUDA: decoding, and encoding by casts; the rest is not written yet (docs/gpu-status.md).
+# What else runs on CUDA is in docs/gpu-status.md.
 for _key in ("CPU", "CUDA") if HAS_CUDA_OPERATORS else ("CPU",):
     _library.impl("quantize", _quantize, _key)
     _library.impl("dequantize", _dequantize, _key)
     _library.impl("dequantize_rows", _dequantize_rows, _key)
+    _library.impl("embedding", _embedding, _key)
 for _key in ("CPU",):
     _library.impl("linear", run_linear, _key)
-    _library.impl("embedding", _embedding, _key)
 
 
 @torch.library.register_fake("vramkit::quantize")
@@ -482,7 +491,9 @@ def matrix_shape(shape: Sequence[int], lead: int) -> tuple[int, int]:
     return math.prod(shape[:lead]), math.prod(shape[lead:])
 
 
-def encode(weight: Tensor, fmt: StorageFormat, lead: int = 1) -> StoredParts:
+def encode(
+    weight: Tensor, fmt: StorageFormat, lead: int = 1, quantize: Any = _ops.quantize
+) -> StoredParts:
     """Encode a weight (float32, bfloat16 or float16; any shape) natively into `fmt`.
 
     Its first `lead` dimensions are rows, each with scales of its own.
@@ -494,7 +505,7 @@ def encode(weight: Tensor, fmt: StorageFormat, lead: int = 1) -> StoredParts:
         source = source.to(torch.float32)
     if lead != 1:
         source = source.reshape(matrix_shape(source.shape, lead))
-    codes, scales, extra = _ops.quantize(source, fmt.table_on(source.device), fmt.spec)
+    codes, scales, extra = quantize(source, fmt.table_on(source.device), fmt.spec)
     found = extra if extra.numel() else None
     return StoredParts(fmt, tuple(weight.shape), codes, scales, found, lead)
 

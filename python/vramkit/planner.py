@@ -56,7 +56,8 @@ DEFAULT_FORMATS = (
 def weight_error(weight: torch.Tensor, fmt: StorageFormat) -> float:
     """||W - W'||^2 / ||W||^2 of storing `weight` in `fmt`, in float64 (0 for a zero weight).
 
-    Of a large weight, evenly spaced rows of about `SAMPLE_ELEMENTS` elements stand for all.
+    Of a large weight, evenly spaced rows of about `SAMPLE_ELEMENTS` elements stand for all. They
+    are encoded and compared on the CPU, also those of a weight on a GPU: the codes are the same.
     """
     from ._operators import encode
 

@@ -27,6 +27,15 @@ def accumulation_bound(length: int) -> float:
     return min(gamma(length + 2), gamma(6 * math.sqrt(length) + 2))
 
 
+def mean_bound(count: int, failure: float = 1e-9) -> float:
+    """How far the mean of `count` independent errors lies from its expectation, at most.
+
+    Errors lie within an interval of length 1; more happens once in 1 / `failure` times (Hoeffding
+    1963, theorem 2: 2 exp(-2 count t^2)).
+    """
+    return math.sqrt(math.log(2 / failure) / (2 * count))
+
+
 def linear_bound(
     x: torch.Tensor,
     weight: torch.Tensor,
