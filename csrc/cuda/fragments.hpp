@@ -249,37 +249,31 @@ VRAMKIT_ANYWHERE inline void decode_four(std::uint32_t codes, [[maybe_unused]] s
   }
 }
 
-// A number of `Bytes` bytes at any address. Byte by byte, in a loop that is kept small, where the
+// A number of 1, 2 or 4 bytes at any address. Byte by byte, in a loop that is kept small, where the
 // address is odd.
-template <int Bytes>
-VRAMKIT_ANYWHERE inline std::uint32_t small_word(const std::uint8_t* at) {
-  if ((reinterpret_cast<std::uintptr_t>(at) & (Bytes - 1)) == 0) {
-    if constexpr (Bytes == 4) {
-      return *reinterpret_cast<const std::uint32_t*>(at);
-    } else {
-      return *reinterpret_cast<const std::uint16_t*>(at);
-    }
+VRAMKIT_ANYWHERE inline std::uint32_t small_word(const std::uint8_t* at, int bytes) {
+  if ((reinterpret_cast<std::uintptr_t>(at) & 3) == 0 && bytes == 4) {
+    return *reinterpret_cast<const std::uint32_t*>(at);
+  }
+  if ((reinterpret_cast<std::uintptr_t>(at) & 1) == 0 && bytes == 2) {
+    return *reinterpret_cast<const std::uint16_t*>(at);
   }
   std::uint32_t word = 0;
 #if defined(__CUDA_ARCH__)
 #pragma unroll 1
 #endif
-  for (int i = 0; i < Bytes; ++i) word |= static_cast<std::uint32_t>(at[i]) << (8 * i);
+  for (int i = 0; i < bytes; ++i) word |= static_cast<std::uint32_t>(at[i]) << (8 * i);
   return word;
 }
 
 // A scale as it is stored, so that it can be asked for long before it is used.
+VRAMKIT_ANYWHERE inline int scale_bytes(ScaleType type) {
+  if (type == ScaleType::f32) return 4;
+  return type == ScaleType::f16 ? 2 : type == ScaleType::nested ? 1 : 0;
+}
 VRAMKIT_ANYWHERE inline std::uint32_t raw_scale(const DecodeJob& job, std::int64_t index) {
-  switch (job.scale) {
-    case ScaleType::f32:
-      return small_word<4>(job.scales + 4 * index);
-    case ScaleType::f16:
-      return small_word<2>(job.scales + 2 * index);
-    case ScaleType::nested:
-      return job.scales[index];
-    default:
-      return 0;
-  }
+  const int bytes = scale_bytes(job.scale);
+  return small_word(job.scales + bytes * index, bytes);
 }
 VRAMKIT_ANYWHERE inline float finish_scale(const DecodeJob& job, std::uint32_t raw,
                                            std::int64_t index, const float* nested) {
@@ -290,8 +284,8 @@ VRAMKIT_ANYWHERE inline float finish_scale(const DecodeJob& job, std::uint32_t r
       return half_to_float(static_cast<std::uint16_t>(raw));
     case ScaleType::nested: {
       const std::int64_t outer = (job.first_scale + index) / kNestedBlock;
-      return nested[raw] * float_of(small_word<4>(job.extra + 4 * outer)) +
-             float_of(small_word<4>(job.nested_offset));
+      return nested[raw] * float_of(small_word(job.extra + 4 * outer, 4)) +
+             float_of(small_word(job.nested_offset, 4));
     }
     default:
       return 1.0f;

@@ -5,8 +5,12 @@
 namespace vramkit::cuda {
 namespace {
 
+// Blocks that shared memory has room for on a multiprocessor; a value's three parts cost registers.
+template <Operand O, int NT>
+constexpr int kTileBlocks = (NT == 2 ? 3 : 2) - (O == Operand::split ? 1 : 0);
+
 template <Codes C, Operand O, int NT>
-__global__ void __launch_bounds__(32 * kTileWarps)
+__global__ void __launch_bounds__(32 * kTileWarps, kTileBlocks<O, NT>)
     tile_kernel(const __grid_constant__ ProductJob job, const __grid_constant__ NestedMap nested) {
 #if __CUDA_ARCH__ >= 800  // asynchronous copies
   DeviceContext context;

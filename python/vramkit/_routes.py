@@ -77,8 +77,8 @@ _TABLE: dict[tuple[int, int], dict[str, dict[str, Limits]]] = {
     },
     # Before 8.0 tensor cores know float16 alone, and there are no asynchronous copies.
     (7, 5): {
-        "4 bit": {"float16": Limits(few=8, tiles=8)},
-        "8 bit": {"float16": Limits(few=8, tiles=8)},
+        "4 bit": {"float16": Limits(few=8, tiles=0)},
+        "8 bit": {"float16": Limits(few=8, tiles=0)},
     },
 }
 

@@ -63,9 +63,10 @@ def tensor_core_bound(
 ) -> torch.Tensor:
     """Like `linear_bound` for sums that tensor cores make, which cut off where others round.
 
-    Eight products and the sum so far are aligned to the largest of the nine and cut off (Fasi et
-    al. 2021, "Numerical behavior of NVIDIA tensor cores"): each loses up to 2^-24 of the largest, so
-    that K products lose 9/8 K units of their magnitudes' sum. Scales and parts add a few roundings.
+    Eight products and the sum so far are aligned to the largest of the nine and cut off (Fasi and
+    others 2021, "Numerical behavior of NVIDIA tensor cores"): each loses up to 2^-24 of the
+    largest, so that K products lose 9/8 K units of their magnitudes' sum. Scales and parts add a
+    few roundings.
     """
     x, weight = x.double(), weight.double()
     magnitude = x.abs() @ weight.abs().t()
