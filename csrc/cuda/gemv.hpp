@@ -94,6 +94,10 @@ VRAMKIT_ANYWHERE inline void few_block(Context& context, const ProductJob& job,
   const bool codes_aligned = ((reinterpret_cast<std::uintptr_t>(weight.codes) |
                                static_cast<std::uintptr_t>(weight.row_code_bytes)) &
                               (Shape::kVector - 1)) == 0;
+  const int scale_size = scale_bytes(weight.scale);
+  const bool wide_scale = scale_size == 4;
+  const bool scales_aligned =
+      scale_size < 2 || (reinterpret_cast<std::uintptr_t>(weight.scales) & (scale_size - 1)) == 0;
   const int width = whole_columns(kFewColumns, job.parts);
   const std::int64_t first_column = std::int64_t{context.block_y()} * width;
   const bool has_column = g < width && first_column + g < std::int64_t{job.rows} * job.parts;
@@ -115,26 +119,55 @@ VRAMKIT_ANYWHERE inline void few_block(Context& context, const ProductJob& job,
     int group;
   };
   Chunk held[depth] = {};
+  // Chunks before this one have all of their elements, at addresses that vector loads take. The
+  // usual way must be short: at the memory's rate a weight may cost four instructions in all.
+  const std::int64_t full =
+      codes_aligned && x_aligned && scales_aligned ? weight.cols / kFewSpan : 0;
+  const int usual = full < end ? static_cast<int>(full) : end;
+  const std::uint8_t* scale_at[2];
+  VRAMKIT_UNROLLED
+  for (int half = 0; half < 2; ++half) {
+    scale_at[half] = weight.scales + scale_row[half] * scale_size;
+  }
+  const std::uint8_t* const x_at = reinterpret_cast<const std::uint8_t*>(x + 16 * t);
   const auto load = [&](Chunk& chunk, int index) {
     const std::int64_t first = std::int64_t{index} * kFewSpan;
-    const bool inside = first + kFewSpan <= weight.cols;
-    const std::int64_t at = first * kCodeBits<C> / 8;
-    VRAMKIT_UNROLLED
-    for (int half = 0; half < 2; ++half) {
-      fetch<Shape::kRowBytes, true>(context, codes[half] + at,
-                                    weight.row_code_bytes - at - t * Shape::kRowBytes,
-                                    codes_aligned && inside, chunk.code[half]);
-      chunk.scale[half] = raw_scale(weight, scale_row[half] + group);
-      if constexpr (C == Codes::affine4) {
+    const std::int64_t at = std::int64_t{index} * (4 * Shape::kRowBytes);
+    if (index < usual) {
+      VRAMKIT_UNROLLED
+      for (int half = 0; half < 2; ++half) {
+        fetch<Shape::kRowBytes, true>(context, codes[half] + at, 0, true, chunk.code[half]);
+        const std::uint8_t* const scale = scale_at[half] + std::int64_t{group} * scale_size;
+        if (wide_scale) {
+          chunk.scale[half] = *reinterpret_cast<const std::uint32_t*>(scale);
+        } else if (scale_size == 2) {
+          chunk.scale[half] = *reinterpret_cast<const std::uint16_t*>(scale);
+        } else if (scale_size == 1) {
+          chunk.scale[half] = *scale;
+        }
+      }
+      if (has_column) fetch<32, false>(context, x_at + 2 * first, 0, true, chunk.x);
+    } else {
+      const bool inside = first + kFewSpan <= weight.cols;
+      VRAMKIT_UNROLLED
+      for (int half = 0; half < 2; ++half) {
+        fetch<Shape::kRowBytes, true>(context, codes[half] + at,
+                                      weight.row_code_bytes - at - t * Shape::kRowBytes,
+                                      codes_aligned && inside, chunk.code[half]);
+        chunk.scale[half] = raw_scale(weight, scale_row[half] + group);
+      }
+      if (has_column) {
+        fetch<32, false>(context, x_at + 2 * first, 2 * (weight.cols - first - 16 * t),
+                         x_aligned && inside, chunk.x);
+      }
+    }
+    if constexpr (C == Codes::affine4) {
+      VRAMKIT_UNROLLED
+      for (int half = 0; half < 2; ++half) {
         chunk.zero[half] = weight.extra[scale_row[half] + group];
       }
     }
     chunk.group = group;
-    if (has_column) {
-      const std::int64_t from = first + 16 * t;
-      fetch<32, false>(context, reinterpret_cast<const std::uint8_t*>(x + from),
-                       2 * (weight.cols - from), x_aligned && inside, chunk.x);
-    }
     if (--left == 0) {
       ++group;
       left = group_chunks;
@@ -174,10 +207,11 @@ VRAMKIT_ANYWHERE inline void few_block(Context& context, const ProductJob& job,
     }
     VRAMKIT_UNROLLED
     for (int half = 0; half < 2; ++half) {
-      const float scale =
-          finish_scale(weight, chunk.scale[half], scale_row[half] + chunk.group, nested_values);
-      total[2 * half] += sum[2 * half] * scale;
-      total[2 * half + 1] += sum[2 * half + 1] * scale;
+      const float scale = wide_scale ? float_of(chunk.scale[half])
+                                     : finish_scale(weight, chunk.scale[half],
+                                                    scale_row[half] + chunk.group, nested_values);
+      total[2 * half] = multiply_add(sum[2 * half], scale, total[2 * half]);
+      total[2 * half + 1] = multiply_add(sum[2 * half + 1], scale, total[2 * half + 1]);
     }
   };
 

@@ -232,7 +232,7 @@ VRAMKIT_ANYWHERE inline void tile_block(Context& context, const ProductJob& job,
         for (int n = 0; n < NT; ++n) {
           VRAMKIT_UNROLLED
           for (int i = 0; i < 4; ++i) {
-            total[n][i] += sum[n][i] * (i < 2 ? low : high);
+            total[n][i] = multiply_add(sum[n][i], i < 2 ? low : high, total[n][i]);
             sum[n][i] = 0.0f;
           }
         }
