@@ -17,6 +17,9 @@ struct DeviceContext {
   __device__ std::uint8_t* shared() const { return dynamic_shared; }
   __device__ void sync() const { __syncthreads(); }
 
+  // Keeps an address in registers, where the compiler would work it out again for every use.
+  __device__ static void pin(const std::uint8_t*& address) { asm volatile("" : "+l"(address)); }
+
   // What is read once, past the first cache: it would only drive out what is read again.
   template <int N>
   __device__ void load_once(const std::uint8_t* from, std::uint32_t* to) const {

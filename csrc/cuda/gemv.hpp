@@ -129,7 +129,15 @@ VRAMKIT_ANYWHERE inline void few_block(Context& context, const ProductJob& job,
   for (int half = 0; half < 2; ++half) {
     scale_at[half] = weight.scales + scale_row[half] * scale_size;
   }
-  const std::uint8_t* const x_at = reinterpret_cast<const std::uint8_t*>(x + 16 * t);
+  const std::uint8_t* x_at = reinterpret_cast<const std::uint8_t*>(x + 16 * t);
+  if constexpr (kValueParts<C, O> < 3) {  // else registers are short
+    VRAMKIT_UNROLLED
+    for (int half = 0; half < 2; ++half) {
+      context.pin(codes[half]);
+      context.pin(scale_at[half]);
+    }
+    context.pin(x_at);
+  }
   const auto load = [&](Chunk& chunk, int index) {
     const std::int64_t first = std::int64_t{index} * kFewSpan;
     const std::int64_t at = std::int64_t{index} * (4 * Shape::kRowBytes);

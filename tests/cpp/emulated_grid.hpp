@@ -59,6 +59,7 @@ class EmulatedContext {
   inline int block_z() const;
   inline std::uint8_t* shared() const;
   inline void sync() const;
+  static void pin(const std::uint8_t*&) {}
   template <int N>
   void load_once(const std::uint8_t* from, std::uint32_t* to) const {
     EXPECT_EQ(reinterpret_cast<std::uintptr_t>(from) % N, 0u) << "a vector load's address";
