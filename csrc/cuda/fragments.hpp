@@ -39,14 +39,23 @@ inline constexpr int kEntryBytes = !kHasTable<C>         ? 0
 template <Operand O>
 inline constexpr bool kIsHalf = O == Operand::f16;  // else bfloat16
 
-// One byte of a word. As an instruction of its own on a GPU: a shift, a mask and an addition would
-// take the place of two instructions per look-up.
-VRAMKIT_ANYWHERE inline std::uint32_t byte_of(std::uint32_t word, int which) {
+// Four bytes of the eight in `low` and `high`, one for each hexadecimal digit of `which`. As one
+// instruction of a GPU: a shift, a mask and an addition would take its place in every look-up.
+VRAMKIT_ANYWHERE inline std::uint32_t permute_bytes(std::uint32_t low, std::uint32_t high,
+                                                    std::uint32_t which) {
 #if defined(__CUDA_ARCH__)
-  return __byte_perm(word, 0, 0x4440 + which);
+  return __byte_perm(low, high, which);
 #else
-  return (word >> (8 * which)) & 255u;
+  std::uint32_t word = 0;
+  for (int i = 0; i < 4; ++i) {
+    const std::uint32_t from = (which >> (4 * i)) & 7u;
+    word |= (((from < 4 ? low : high) >> (8 * (from & 3u))) & 255u) << (8 * i);
+  }
+  return word;
 #endif
+}
+VRAMKIT_ANYWHERE inline std::uint32_t byte_of(std::uint32_t word, std::uint32_t which) {
+  return permute_bytes(word, 0, 0x4440u + which);
 }
 VRAMKIT_ANYWHERE inline float multiply_add(float a, float b, float c) {
 #if defined(__CUDA_ARCH__)
@@ -192,7 +201,7 @@ VRAMKIT_ANYWHERE inline void decode_four(std::uint32_t codes, [[maybe_unused]] s
   if constexpr (C == Codes::table4) {
     VRAMKIT_UNROLLED
     for (int pair = 0; pair < 2; ++pair) {
-      const std::uint32_t code = byte_of(codes, pair);
+      const std::uint32_t code = byte_of(codes, static_cast<unsigned>(pair));
       if constexpr (O == Operand::split) {
         const auto entry = table.template at<FourWords>(code);
         VRAMKIT_UNROLLED
@@ -204,8 +213,8 @@ VRAMKIT_ANYWHERE inline void decode_four(std::uint32_t codes, [[maybe_unused]] s
   } else if constexpr (C == Codes::table8) {
     VRAMKIT_UNROLLED
     for (int pair = 0; pair < 2; ++pair) {
-      const std::uint32_t first = byte_of(codes, 2 * pair);
-      const std::uint32_t second = byte_of(codes, 2 * pair + 1);
+      const std::uint32_t first = byte_of(codes, static_cast<unsigned>(2 * pair));
+      const std::uint32_t second = byte_of(codes, static_cast<unsigned>(2 * pair + 1));
       if constexpr (O == Operand::split) {
         const auto a = table.template at<TwoWords>(first), b = table.template at<TwoWords>(second);
         out[0][pair] = (a.word[0] & 0xffffu) | b.word[0] << 16;
@@ -219,8 +228,10 @@ VRAMKIT_ANYWHERE inline void decode_four(std::uint32_t codes, [[maybe_unused]] s
   } else if constexpr (C == Codes::affine4) {
     VRAMKIT_UNROLLED
     for (int pair = 0; pair < 2; ++pair) {
-      const std::uint32_t byte = codes >> (8 * pair);
-      const std::uint32_t nibbles = ((byte >> 4) & 15u) | (byte & 15u) << 16;
+      // The high nibble of byte `pair` to the low half, its low nibble to the high half.
+      const std::uint32_t nibbles =
+          permute_bytes(codes >> 4, codes, 0x4400u + 0x1111u * static_cast<unsigned>(pair)) &
+          0x000f000fu;
       if constexpr (kIsHalf<O>) {
         out[0][pair] = subtract_pairs<O>(nibbles | 0x64006400u, zero);
       } else {

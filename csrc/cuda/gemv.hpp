@@ -120,7 +120,7 @@ VRAMKIT_ANYWHERE inline void few_block(Context& context, const ProductJob& job,
   };
   Chunk held[depth] = {};
   // Chunks before this one have all of their elements, at addresses that vector loads take. The
-  // usual way must be short: at the memory's rate a weight may cost four instructions in all.
+  // usual way must be short: at the memory's rate a four-bit weight may cost five instructions.
   const std::int64_t full =
       codes_aligned && x_aligned && scales_aligned ? weight.cols / kFewSpan : 0;
   const int usual = full < end ? static_cast<int>(full) : end;
