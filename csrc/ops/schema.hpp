@@ -55,6 +55,10 @@ inline constexpr const char* kSchemas[] = {
     "int rows, int cols, int first_row, Tensor(a!) out) -> ()",
     "_linear_out(Tensor x, Tensor codes, Tensor scales, Tensor? extra, Tensor? table, "
     "Tensor? bias, int[] spec, Tensor(a!) out) -> ()",
+    // CUDA alone, rows of a few to a hundred: `shape` is [kernel, warps of a block, splits of the
+    // columns]; python/vramkit/_routes.py chooses it and sizes the workspace.
+    "_linear_packed_out(Tensor x, Tensor codes, Tensor scales, Tensor? extra, Tensor? table, "
+    "Tensor? bias, int[] spec, int[] shape, Tensor(a!) workspace, Tensor(b!) out) -> ()",
     "_panel_product_out(Tensor x, Tensor codes, Tensor scales, Tensor? extra, Tensor? table, "
     "int[] spec, Tensor(a!) workspace, Tensor(b!) out) -> ()",
     "_embedding_out(Tensor indices, Tensor codes, Tensor scales, Tensor? extra, Tensor? table, "

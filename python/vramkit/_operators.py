@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _native  # noqa: F401  (defines the schemas)
+from . import _native, _routes  # noqa: F401  (_native defines the schemas)
 from ._native import HAS_CUDA_OPERATORS, _core
 from .formats import (
     _ENCODER,
@@ -313,6 +313,8 @@ def workspace_bytes(name: str, args: tuple[Any, ...]) -> int:
     if name != "linear":
         return 0
     x, spec, out_features = args[0], args[6], args[7]
+    if x.device.type == "cuda":
+        return _routes.workspace_bytes(x, args[5], spec, out_features)
     cols = x.shape[-1]
     count = x.numel() // cols if cols else 0
     if _from_packed(spec, x, count):
@@ -329,14 +331,15 @@ def workspace_bytes(name: str, args: tuple[Any, ...]) -> int:
 
 
 _library = torch.library.Library("vramkit", "IMPL")
-# What else runs on CUDA is in docs/gpu-status.md.
+# What CUDA has is in docs/gpu-status.md.
 for _key in ("CPU", "CUDA") if HAS_CUDA_OPERATORS else ("CPU",):
     _library.impl("quantize", _quantize, _key)
     _library.impl("dequantize", _dequantize, _key)
     _library.impl("dequantize_rows", _dequantize_rows, _key)
     _library.impl("embedding", _embedding, _key)
-for _key in ("CPU",):
-    _library.impl("linear", run_linear, _key)
+_library.impl("linear", run_linear, "CPU")
+if HAS_CUDA_OPERATORS:
+    _library.impl("linear", _routes.run_linear, "CUDA")
 
 
 @torch.library.register_fake("vramkit::quantize")

@@ -62,6 +62,34 @@ def linear_bound(
     return bound + 2 * TINY[dtype]
 
 
+def tensor_core_bound(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    *,
+    weight_rounded: bool,
+) -> torch.Tensor:
+    """Like `linear_bound` for sums that tensor cores make, which cut off where others round.
+
+    Eight products and the sum so far are aligned to the largest of the nine and cut off (Fasi and
+    others 2021, "Numerical behavior of NVIDIA tensor cores"): each loses up to 2^-24 of the
+    largest, so that K products lose 9/8 K units of their magnitudes' sum. Scales and parts add a
+    few roundings.
+    """
+    x, weight = x.double(), weight.double()
+    magnitude = x.abs() @ weight.abs().t()
+    total = x @ weight.t()
+    if bias is not None:
+        magnitude = magnitude + bias.double().abs()
+        total = total + bias.double()
+    bound = gamma(1.125 * x.shape[-1] + 12) * magnitude
+    if weight_rounded:
+        bound = bound + UNIT[dtype] * magnitude
+    # A result of torch's own product is rounded, and again when the bias is added.
+    return bound * (1 + 2 * UNIT[dtype]) + 2 * UNIT[dtype] * total.abs() + 2 * TINY[dtype]
+
+
 def assert_within(actual: torch.Tensor, expected: torch.Tensor, bound: torch.Tensor) -> None:
     """|actual - expected| <= bound, elementwise; says the worst ratio where it is not."""
     ratio = ((actual.double() - expected.double()).abs() / bound).nan_to_num(0.0)
