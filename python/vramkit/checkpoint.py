@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from . import _core
@@ -92,6 +93,7 @@ def load(
     vram_buffer: int | float | str = 0,
     folder: str | os.PathLike[str] | None = None,
     cache_limit: int | float | str = CACHE_BYTES / 2**30,
+    device: str | torch.device | None = None,
 ) -> nn.Module:
     """Build a model from a checkpoint, converting tensor by tensor on the way.
 
@@ -113,6 +115,8 @@ def load(
         inputs: Of the offloading, with `vram_buffer` and `folder`: see `enable_vram_management`.
         cache_limit: How much a cache in `folder` may hold (GiB, or text) of blocks whose tensors
             lie scattered in the checkpoint: they are gathered there once.
+        device: Where the model computes: with offloading see `enable_vram_management`; else it is
+            moved there in the end.
 
     Host memory stays under the loaded size, two of the largest tensors and about 100 MB. Raises
     CheckpointError for an unsound or foreign checkpoint; nothing is left half-loaded. Offloading
@@ -140,8 +144,10 @@ def load(
         if offload:
             from .offload.manage import enable_vram_management
 
-            enable_vram_management(model, vram_limit, vram_buffer, inputs=inputs, folder=folder)
-        return model
+            return enable_vram_management(
+                model, vram_limit, vram_buffer, inputs=inputs, folder=folder, device=device
+            )
+        return model if device is None else model.to(device)
     if vram_limit is not None:
         made = plan_checkpoint(path, vram_limit, factory=factory, skip=skip, progress=progress)
         precision = {entry.name: entry.format for entry in made.entries}
@@ -173,7 +179,7 @@ def load(
             advance(size, name)
     keep_ties(model)
     _check_complete(model, path)
-    return model
+    return model if device is None else model.to(device)
 
 
 def _load_as_stored(
