@@ -52,6 +52,10 @@ class HostDevice:
         """Memory of the engine as bytes."""
         return torch.frombuffer(view, dtype=torch.uint8)
 
+    def whole(self, engine: _core.Engine) -> Tensor | None:
+        """All addresses of an engine; None where they are not one range, and windows are."""
+        return self.tensor(engine.view()) if engine.contiguous else None
+
     def free_bytes(self) -> int | None:
         """What can be had now, by whoever asks first; None: it is not known."""
         return available_memory()

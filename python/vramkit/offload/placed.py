@@ -32,7 +32,8 @@ class Placed:
     def take(self, tensors: Iterable[Tensor]) -> None:
         """Move those that are on the host; what fails leaves the others where they are by then."""
         for tensor in tensors:
-            if tensor.device.type != "cpu":
+            known = id(tensor) in self._before and tensor.device == self._device.torch
+            if known or tensor.device.type != "cpu":
                 continue
             before = tensor.device
             _move(tensor, self._device.moved(tensor.data))

@@ -145,9 +145,10 @@ class Pressure:
     def _give_up_for(self, error: BaseException) -> int:
         wanted = bytes_asked_for(error)
         engine, device = self._session.engine, self._session.device
-        given = engine.give_up(wanted if wanted is not None else engine.stats().resident_bytes)
+        before = engine.stats()
+        given = engine.give_up(wanted if wanted is not None else before.resident_bytes)
         if device.apart and given:
-            self._session.grant(given)
+            self._session.grant(before.limit - engine.stats().limit)
             device.empty_cache()  # a cache in pieces may be what was too small
         return given
 

@@ -200,9 +200,7 @@ class OffloadSession(Changing, Seen):
             self.engine.park()  # it takes its memory with its turn
         if self._records:
             self.record(self._records)
-        self._arena: Tensor | None = None
-        if self.engine.contiguous:
-            self._arena = self.device.tensor(self.engine.view())
+        self._arena = self.device.whole(self.engine)
         self._made_for = state
 
     def _around_the_model(self) -> Callable[..., Any]:
@@ -323,7 +321,7 @@ class OffloadSession(Changing, Seen):
 
     def _is_lent(self, address: int, guest: Guest) -> bool:
         """Whether it is one of the engine's, as a place of this block."""
-        if self.engine.contiguous:
+        if self._arena is not None:
             return 0 <= address - self.engine.base < self.engine.reserved
         return any(0 <= address - at < guest.nbytes_there for at in guest.slots)
 
@@ -424,7 +422,7 @@ class OffloadSession(Changing, Seen):
         if tensor.device != self.device.torch or not tensor.numel():
             return False
         address = tensor.untyped_storage().data_ptr()
-        if self.engine.contiguous:
+        if self._arena is not None:
             return 0 <= address - self.engine.base < self.engine.reserved
         return any(0 <= address - g.at < g.nbytes_there for g in self._guests if g.inside)
 
