@@ -2,9 +2,9 @@
 
 python -m benchmarks.gpu.bench [MODULE …] [--rehearse] [--json FILE] [--table FILE]
 
-Each module has `run(rehearse)`, which prints and returns a dict, "missed" in it what was promised and
-not reached; a rehearsal is small, on the CPU, and no measurement. One that fails does not cost the
-others their turn.
+Each module has `run(rehearse)`, which prints and returns a dict, "missed" in it what was promised
+and not reached; a rehearsal is small, on the CPU, and no measurement. One that fails does not cost
+the others their turn.
 """
 
 from __future__ import annotations
