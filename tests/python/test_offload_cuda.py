@@ -548,6 +548,7 @@ def test_components_of_a_pipeline_take_turns(where: SeparateDevice, tmp_path: Pa
     )
     session = pipe.vramkit_session
     assert pipe.small.weight.device == where.torch
+    assert pipe.second._hf_hook.execution_device == where.torch
     with torch.no_grad():
         for _ in range(3):
             assert torch.equal(pipe.run(x).cpu(), expected)
@@ -559,6 +560,7 @@ def test_components_of_a_pipeline_take_turns(where: SeparateDevice, tmp_path: Pa
             assert fake_share(where) == whole - mine.engine.stats().limit
     session.disable()
     assert pipe.small.weight.device.type == "cpu"
+    assert not any("_hf_hook" in m.__dict__ for m in (pipe.first, pipe.second, pipe.small))
     assert all(p.device.type == "cpu" for p in pipe.first.parameters())
     if isinstance(where, StandIn):
         assert where.part == 1.0
@@ -621,6 +623,19 @@ def test_the_first_call_divides(where: SeparateDevice, tmp_path: Path) -> None:
     assert torch.equal(result(model, (x,)), expected)
     assert torch.equal(result(model, (x,), where.torch), expected)
     model.vramkit_session.disable()
+
+
+def test_reports(where: SeparateDevice, tmp_path: Path) -> None:
+    model, x = Model(), torch.randn(3, WIDTH)
+    session = offloaded(model, (x,), where, tmp_path)
+    session.record()
+    result(model, (x,))
+    found = session.stats(measure=True)
+    assert found.link_rate is not None
+    assert found.disk_rate is None  # no block is on a disk
+    assert found.limit == session.room
+    assert session.device_bytes == session.fixed_bytes + found.committed
+    assert {moment.kind for moment in session.timeline()} >= {"copy", "use"}
 
 
 # Graphs

@@ -26,6 +26,7 @@ LARGE_PAGE = 2 << 20
 SEGMENT = 32 << 20
 # Of less than this much, segments would be a large part.
 SMALL = 1 << 30
+LINK_BYTES = 64 << 20
 # Pinned memory cannot be swapped: so much of what is available is taken for it, at most.
 PINNED_PART = 0.75
 
@@ -83,6 +84,12 @@ class HostDevice:
 
     def empty_cache(self) -> None:
         """What torch's allocator keeps for itself goes back."""
+
+    def link_rate(self) -> float:
+        """Bytes per second of copies to the device, measured now."""
+        from ..rates import measure_rates
+
+        return measure_rates((), disk=False).link_bytes_per_second
 
     def segment(self, moved: int) -> int:
         """Bytes of memory that an engine takes at once, for blocks of `moved` bytes in all."""
@@ -240,6 +247,22 @@ class CudaDevice(SeparateDevice):
     def mark(self, name: str) -> Any:
         """By NVTX."""
         return torch.cuda.nvtx.range(name)
+
+    def link_rate(self) -> float:
+        """Of pinned memory, by the device's own events; the best of three copies."""
+        store = _core.HostStore(LINK_BYTES, device=self.name)
+        pinned = torch.frombuffer(store, dtype=torch.uint8)
+        times = []
+        with torch.cuda.device(self.index):
+            there = torch.empty(LINK_BYTES, dtype=torch.uint8, device=self.torch)
+            for _ in range(4):
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                begin.record()
+                there.copy_(pinned, non_blocking=True)
+                end.record()
+                end.synchronize()
+                times.append(begin.elapsed_time(end) / 1e3)
+        return LINK_BYTES / min(times[1:])
 
     def empty_cache(self) -> None:
         """Waits for the device."""

@@ -20,7 +20,7 @@ from ..tensor_files import ModelFiles
 from .blocks import Block
 from .device import HOST, HostDevice, SeparateDevice
 from .lent import Around, Lent, Uncompiled, not_a_graph
-from .placed import Placed
+from .placed import Placed, hide_device, show_device
 from .report import OffloadReport
 from .session import OffloadSession
 from .store import BlockStore
@@ -156,6 +156,8 @@ class PipelineSession:
                 device.share(self, 0)  # what torch has now is none of the pipeline's
                 skipped = [m for name, m in components.items() if name in skip]
                 self._placed.take(t for m in skipped for t in (*m.parameters(), *m.buffers()))
+                for module in components.values():
+                    show_device(module, device.torch)
         except BaseException:
             self.disable()
             raise
@@ -271,6 +273,7 @@ class PipelineSession:
                 self._placed.undo()
             self.device.unshare(self)
             for component in self.components.values():
+                hide_device(component)
                 for module in component.modules():
                     module.__dict__.pop("vramkit_files", None)
             object.__setattr__(self._pipeline, "vramkit_session", None)

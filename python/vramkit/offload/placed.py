@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .device import SeparateDevice
 
@@ -55,6 +55,18 @@ def _move(tensor: Tensor, data: Tensor) -> None:
     tensor.data = data
     if grad is not None:
         tensor.grad = grad.to(data.device)
+
+
+def show_device(module: nn.Module, device: torch.device) -> None:
+    """Tell whoever looks for it where the module computes, unless somebody did so."""
+    if not hasattr(module, "_hf_hook"):
+        object.__setattr__(module, "_hf_hook", ExecutionDevice(device))
+
+
+def hide_device(module: nn.Module) -> None:
+    """The end of `show_device`."""
+    if isinstance(module.__dict__.get("_hf_hook"), ExecutionDevice):
+        del module.__dict__["_hf_hook"]
 
 
 class ExecutionDevice:

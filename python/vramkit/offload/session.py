@@ -30,7 +30,7 @@ from .lent import Lent, Uncompiled, not_a_graph, refuse_freezing
 from .membership import Owners, survey
 from .ordering import Station
 from .pages import Pages
-from .placed import ExecutionDevice, Placed
+from .placed import Placed, hide_device, show_device
 from .pressure import Pressure, PressureEvent
 from .report import Seen
 from .store import BlockStore
@@ -116,8 +116,8 @@ class OffloadSession(Changing, Seen):
             self._stations.append(station)
             lends = station if compiled else None
             self._lent += [Lent(module, around, lends) for module in guest.entries]
-        if device.apart and not hasattr(model, "_hf_hook"):
-            object.__setattr__(model, "_hf_hook", ExecutionDevice(device.torch))
+        if device.apart:
+            show_device(model, device.torch)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copy of the model is a resident one."""
@@ -493,8 +493,7 @@ class OffloadSession(Changing, Seen):
             self.device.unshare(self)
             self.store.release()
             self._leave_the_device()
-            if isinstance(self._model.__dict__.get("_hf_hook"), ExecutionDevice):
-                del self._model.__dict__["_hf_hook"]
+            hide_device(self._model)
             object.__setattr__(self._model, "vramkit_session", None)
 
     def capture(self, inputs: Any) -> dict[str, str]:

@@ -246,6 +246,11 @@ class BlockStore:
         part = self._waiting[block]
         return len(self.places[block]) - (len(part.places) if part is not None else 0)
 
+    @property
+    def reads_files(self) -> bool:
+        """Whether any block is read from a file on a disk."""
+        return any(home.memory is None and home.files for home in self._homes)
+
     def origins(self) -> list[str]:
         """How each block is read: "in place", "gathered", "own", "memory" (pinned), or two."""
         return [home.kind for home in self._homes]
