@@ -1,9 +1,12 @@
 """What the CUDA kernels became: registers, shared memory, stack and spills of each, and bytes.
 
-    python tools/cuda_report.py [--architectures 80 90 120] [--json FILE] [--nvcc NVCC]
+    python tools/cuda_report.py [--architectures 80 90 120 | --release] [--json FILE] [--nvcc NVCC]
+    python tools/cuda_report.py --wheel FILE
 
 Compiles csrc/cuda/*.cu with the package's own options and reads what ptxas says. Needs a compiler
 and no GPU. Fails if a kernel spills or keeps arrays in local memory: what is hot must not.
+--release: for all architectures that released wheels name. --wheel: what a built wheel's libraries
+take, packed and unpacked, and nothing is compiled.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,6 +28,7 @@ ENTRY = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\w+)'")
 SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers")
 SHARED = re.compile(r"(\d+) bytes smem")
+RELEASED = ["75", "80", "86", "89", "90", "100", "120"]
 
 
 def options() -> list[str]:
@@ -76,13 +81,29 @@ def rows_of(text: str) -> list[dict[str, object]]:
     return rows
 
 
+def print_wheel(path: Path) -> None:
+    """Bytes of a wheel and of the libraries in it."""
+    print(f"{path.name}: {path.stat().st_size:,} bytes")
+    with zipfile.ZipFile(path) as wheel:
+        for info in wheel.infolist():
+            if ".so" in info.filename:
+                print(f"  {info.filename}: {info.compress_size:,} of {info.file_size:,}")
+
+
 def main() -> int:
     """Compile, print, and say whether all of it stays in registers."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--architectures", nargs="+", default=["80", "90", "120"])
+    parser.add_argument("--release", action="store_true", help="for " + " ".join(RELEASED))
+    parser.add_argument("--wheel", type=Path, metavar="FILE", help="print its sizes, no more")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--nvcc", default=os.environ.get("CUDACXX") or shutil.which("nvcc"))
     arguments = parser.parse_args()
+    if arguments.wheel:
+        print_wheel(arguments.wheel)
+        return 0
+    if arguments.release:
+        arguments.architectures = RELEASED
     if not arguments.nvcc:
         sys.exit("no nvcc: put it on PATH, name it by --nvcc or CUDACXX")
     sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))

@@ -117,8 +117,9 @@ def load(
         inputs: Of the offloading, with `vram_buffer` and `folder`: see `enable_vram_management`.
         cache_limit: How much a cache in `folder` may hold (GiB, or text) of blocks whose tensors
             lie scattered in the checkpoint: they are gathered there once.
-        device: Where the whole model goes; while converting, tensor by tensor, so that neither
-            memory holds more than it would alone. Not with offloading, which places blocks itself.
+        device: Where the model computes. With offloading see `enable_vram_management`; else the
+            whole model goes there, while converting tensor by tensor, so that neither memory holds
+            more than it would alone.
 
     Host memory stays under the loaded size, two of the largest tensors and about 100 MB. Raises
     CheckpointError for an unsound or foreign checkpoint; nothing is left half-loaded. Offloading
@@ -140,8 +141,6 @@ def load(
         raise ValueError(f"{path} is converted already, so a limit has no formats to choose")
     place = None if device is None else torch.device(device)
     if place is not None:
-        if offload:
-            raise ValueError("device= places a whole model; offloading places its blocks itself")
         torch.empty(0, device=place)  # a device that is not there is an error before all reading
     if mapped and not offload and (precision is not None or vram_limit is not None):
         raise ValueError("what is mapped stays as stored: it cannot be converted while loading")
@@ -151,7 +150,9 @@ def load(
         if offload:
             from .offload.manage import enable_vram_management
 
-            enable_vram_management(model, vram_limit, vram_buffer, inputs=inputs, folder=folder)
+            return enable_vram_management(
+                model, vram_limit, vram_buffer, inputs=inputs, folder=folder, device=device
+            )
         return model if place is None else model.to(place)
     if vram_limit is not None:
         made = plan_checkpoint(path, vram_limit, factory=factory, skip=skip, progress=progress)

@@ -102,6 +102,7 @@ def plan(
     rates: Rates | bool | None = None,
     rows: int = 1,
     slots: int = 2,
+    device: str | torch.device | None = None,
 ) -> Plan:
     """Choose the format, and if asked the place, of every layer: all fits and the least is lost.
 
@@ -138,6 +139,7 @@ def plan(
         rates: The time model's rates; True: `measure_rates`; None: that, where they are needed.
         rows: Rows of input that a layer sees in one pass (tokens, pixels), for its arithmetic.
         slots: Slots for streamed layers, each as large as the largest of its phase.
+        device: Where the model will compute: "cpu", "cuda"; None: where it is.
 
     The sum over layers of the relative squared errors is minimized exactly: a multiple-choice
     knapsack, solved natively with byte-exact sizes (docs/planning.md). On a CPU the limit bounds
@@ -160,8 +162,12 @@ def plan(
     settled = Rules.of(found, chosen, pin or {}, rules or {}, places)
     parts = Turns.of(model, found, turns, activations)
     peak = activations is not None
-    if inputs is not None and not peak and any(p.is_cuda for p in model.parameters()):
-        call = estimate(model, inputs=inputs, target=target_of(model))
+    from .offload.device import SeparateDevice, device_for
+
+    on = device_for(device)
+    target = on.target() if isinstance(on, SeparateDevice) else target_of(model)
+    if inputs is not None and not peak and target != "cpu":
+        call = estimate(model, inputs=inputs, target=target)
         parts.add_activations(call.activations_bytes or 0)
         peak = True
     if batches is not None:
@@ -190,7 +196,7 @@ def plan(
             layers.append(settled.layer(candidate, options, parts.component_of(candidate.name)))
     simple = places == ("device",) and prefer == "quality" and len(parts.names) == 1
     if rates is True or (rates is None and not simple):
-        if any(p.is_cuda for p in model.parameters()):
+        if target != "cpu":
             raise ValueError(
                 "rates are measured on processors only: give this device's with rates=Rates(...)"
             )
@@ -199,7 +205,7 @@ def plan(
     elif rates is False:
         rates = None
     host = None if host_limit is None else parse_size(host_limit)
-    pages = _page_bytes(limit, original, len(found), slots, parts, places)
+    pages = _page_bytes(limit, on.segment(original), len(found), slots, parts, places)
     answer = place_layers(
         layers,
         parts,
@@ -237,7 +243,7 @@ def plan(
     )
     if inputs is not None:
         by_name: Mapping[str, Precision | None] = {e.name: e.format for e in made.entries}
-        made.estimate = estimate(model, by_name, inputs, target=target_of(model))
+        made.estimate = estimate(model, by_name, inputs, target=target)
     return made
 
 
@@ -258,15 +264,22 @@ _SMALL_LIMIT = 1 << 20
 
 
 def _page_bytes(
-    limit: int, moved: int, layers: int, slots: int, parts: Turns, places: tuple[str, ...]
+    limit: int,
+    large: int,
+    layers: int,
+    slots: int,
+    parts: Turns,
+    places: tuple[str, ...],
 ) -> int:
-    """What slots, and residents of components that take turns, take beyond their bytes."""
-    from .offload.store import LARGE_PAGE, PAGE, SMALL
+    """What slots, and residents of components that take turns, take beyond their bytes.
+
+    `large` is what the engine takes of memory at once.
+    """
+    from .offload.places import PAGE
 
     turns = len(parts.names) > 1
     if limit < _SMALL_LIMIT or (places == ("device",) and not turns):
         return 0
-    large = LARGE_PAGE if moved >= SMALL else PAGE
     return large * (2 if turns else 1) + 2 * PAGE * slots + (2 * PAGE * layers if turns else 0)
 
 
@@ -346,9 +359,12 @@ def fit(
     progress: bool | Progress = False,
     verify: bool = True,
     precision: Precision | QuantizationConfig | None = None,
+    device: str | torch.device | None = None,
     **options: Any,
 ) -> nn.Module:
     """Plan and convert in one step: `model`, changed in place so that it fits; see `plan`.
+
+    On a GPU (`device`) what the plan does not stream is moved there.
 
     The plan stays readable as ``model.vramkit_plan``. With `verify` the first call without
     gradients is measured (it takes a little longer): ``print(model.vramkit_first_run)`` then shows
@@ -369,9 +385,11 @@ def fit(
         formats=formats,
         skip=skip,
         progress=progress,
+        device=device,
         **options,
     )
-    made.apply(model, progress=progress, inputs=inputs if len(made.phases) < 2 else None)
+    call = inputs if len(made.phases) < 2 else None
+    made.apply(model, progress=progress, inputs=call, device=device)
     if request is not None:
         request.finish(model)
     object.__setattr__(model, "vramkit_plan", made)

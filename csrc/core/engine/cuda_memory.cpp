@@ -214,4 +214,16 @@ void PinnedMemory::decommit(std::byte* start, std::int64_t bytes) noexcept {
   host_.decommit(start, bytes);
 }
 
+PinnedRange::PinnedRange(std::shared_ptr<const CudaDevice> device, std::byte* start,
+                         std::int64_t bytes)
+    : device_(std::move(device)), start_(start) {
+  const OnDevice here(*device_);
+  device_->check_memory(device_->calls().register_host(start, bytes), "pinning memory of the host",
+                        bytes);
+}
+
+PinnedRange::~PinnedRange() {
+  if (device_->usable()) device_->succeeded(device_->calls().unregister_host(start_));
+}
+
 }  // namespace vramkit
