@@ -143,3 +143,11 @@ def squared_difference(error: float, length: int, more: float = 0.0) -> float:
     by twice that, and the square of the difference by twice its share of it.
     """
     return 4 * (accumulation_bound(length) + more) / math.sqrt(error)
+
+
+def stack_bound(length: int, layers: int) -> float:
+    """Relative error in float32 of a stack of layers that hold values to order one.
+
+    Each adds the error of its sums (`accumulation_bound`), and carries what came before it on.
+    """
+    return layers * accumulation_bound(length)
