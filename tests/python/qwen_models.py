@@ -76,13 +76,13 @@ def embeddings(width: int = 16, length: int = 7) -> dict[str, Tensor]:
     }
 
 
-def image_of(pipe: Any, width: int = 16, **arguments: Any) -> Tensor:
+def image_of(pipe: Any, text: int = 16, **arguments: Any) -> Tensor:
     """[1, 3, 32, 32] in two steps from fixed noise."""
     asked = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "pt", **arguments}
     asked.setdefault("true_cfg_scale", 1.0)
     with torch.inference_mode():
         found: Tensor = pipe(
-            generator=torch.Generator().manual_seed(0), **embeddings(width), **asked
+            generator=torch.Generator().manual_seed(0), **embeddings(text), **asked
         ).images
     return found
 

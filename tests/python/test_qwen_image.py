@@ -25,8 +25,8 @@ pytest.importorskip("diffusers")
 ATTENTION = ["transformer_blocks.0.attn.to_q", "transformer_blocks.1.attn.to_out.0"]
 
 
-def aligned(layers: int = 8) -> nn.Module:
-    return transformer(layers, heads=4, head_dim=64, text=64)
+def aligned(layers: int = 3) -> nn.Module:
+    return transformer(layers, heads=2, head_dim=64, text=64)
 
 
 def formats(model: nn.Module) -> dict[str, str]:
@@ -127,13 +127,13 @@ def test_modulation_text_encoder_and_vae_by_themselves() -> None:
 
 
 def test_low_vram_runs_a_model_of_four_times_its_limit_with_the_same_bits() -> None:
-    arguments = {"width": 64}
-    resident = QwenImage(pipeline(aligned()), "fp8")
+    arguments = {"text": 64}
+    resident = QwenImage(pipeline(aligned(6)), "fp8")
     reference = image_of(resident, **arguments)
     stays = parts.bytes_of(resident.vae)
     streamed = parts.bytes_of(resident.transformer)
     limit = stays + streamed // 4
-    made = pipeline(aligned())
+    made = pipeline(aligned(6))
     pipe = QwenImage(made, "low_vram", vram_limit=f"{limit} B", vram_buffer=0)
     assert torch.equal(image_of(pipe, **arguments), reference)
     session = made.vramkit_session
@@ -161,9 +161,9 @@ def test_fused_modes_are_the_unfused_ones_up_to_rounding_and_unfuse_exactly(tmp_
 
 
 def test_lora_changes_while_low_vram_streams() -> None:
-    model = aligned(4)
-    keys = lora_keys(model, ["transformer_blocks.3.attn.to_k", "transformer_blocks.0.img_mod.1"])
-    resident = QwenImage(pipeline(aligned(4)), "fp8")
+    model = aligned()
+    keys = lora_keys(model, ["transformer_blocks.2.attn.to_k", "transformer_blocks.0.img_mod.1"])
+    resident = QwenImage(pipeline(aligned()), "fp8")
     pipe = pipeline(model)
     limit = parts.bytes_of(pipe.vae) + parts.bytes_of(model) // 4
     low = QwenImage(pipe, "low_vram", vram_limit=f"{limit} B", vram_buffer=0)
@@ -187,7 +187,9 @@ def test_a_mode_that_cannot_fit_says_its_bytes_and_changes_nothing() -> None:
         assert error.value.needed_bytes > 16_000_000 and "nothing was changed" in str(error.value)
     assert same(plain_state(pipe.transformer), before)
     needed = error.value.needed_bytes
-    low = QwenImage(pipe, "low_vram_fused", lora=keys, vram_limit=f"{needed} B", vram_buffer="15 MB")
+    low = QwenImage(
+        pipe, "low_vram_fused", lora=keys, vram_limit=f"{needed} B", vram_buffer="15 MB"
+    )
     low.disable_vram_management()
     other = pipeline()
     with pytest.raises(ValueError, match="give lora="):
@@ -206,7 +208,7 @@ def _half() -> dict[str, torch.Tensor]:
 
 
 def test_the_arguments_of_enable_vram_management() -> None:
-    pipe = pipeline(aligned(4))
+    pipe = pipeline(aligned())
     before = plain_state(pipe.transformer)
     reference = image_of(pipe, 64)
     total = sum(parts.bytes_of(m) for m in (pipe.transformer, pipe.vae))
@@ -245,9 +247,9 @@ def test_the_arguments_of_enable_vram_management() -> None:
 
 def test_persistent_parameters_are_read_once_and_the_others_in_each_step() -> None:
     copied, resident = {}, {}
-    counts = [sum(p.numel() for p in b.parameters()) for b in aligned(4).transformer_blocks]
-    for number in (0, sum(counts[:2]) + 1, sum(counts)):
-        pipe = pipeline(aligned(4))
+    counts = [sum(p.numel() for p in b.parameters()) for b in aligned().transformer_blocks]
+    for number in (0, counts[0] + 1, sum(counts)):
+        pipe = pipeline(aligned())
         manage(pipe, "1 GB", 0, num_persistent_param_in_dit=number)
         image_of(pipe, 64)
         engine = pipe.vramkit_session.sessions["transformer"].engine
@@ -256,8 +258,9 @@ def test_persistent_parameters_are_read_once_and_the_others_in_each_step() -> No
         copied[number] = engine.stats().bytes_copied - start
         resident[number] = engine.stats().residents
         QwenImage(pipe).disable_vram_management()
-    none, two, every = copied
-    assert copied[none] > copied[two] > copied[every]
+    none, one, every = copied
+    assert copied[none] > copied[one] > copied[every]
+    assert resident[none] < resident[one] < resident[every]
 
 
 def test_fp8_products_are_those_of_the_rounded_operands(monkeypatch) -> None:
@@ -292,16 +295,22 @@ def test_fp8_products_are_those_of_the_rounded_operands(monkeypatch) -> None:
     assert torch.equal(image_of(pipe, 64), plain)
 
 
-def test_editing_and_the_wrapper_s_own_arguments() -> None:
+def test_editing_and_the_wrapper_s_own_arguments(monkeypatch) -> None:
+    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
     from PIL import Image
 
+    # The pipeline brings pictures to a megapixel before it encodes them: minutes on a processor.
+    monkeypatch.setattr(
+        pipeline_qwenimage_edit, "calculate_dimensions", lambda area, ratio: (32, 32, None)
+    )
     pipe = pipeline(edit=True)
-    picture = Image.new("RGB", (32, 32), (200, 30, 60))
-    pipe.vae_scale_factor = 8
-    reference = image_of(pipe, image=_latents())
+    picture = Image.linear_gradient("L").resize((32, 32)).convert("RGB")
+    reference = image_of(pipe, image=picture)
     wrapped = QwenImage(pipe, "fp8")
-    assert 0 < relative_l2(reference, image_of(wrapped, image=_latents())) < 0.1
-    assert picture.size == (32, 32)
+    assert 0 < relative_l2(reference, image_of(wrapped, image=picture)) < 0.1
+    assert not torch.equal(
+        image_of(wrapped, image=picture), image_of(wrapped, image=picture.rotate(90))
+    )
     with pytest.raises(ValueError, match="vae_tiling"):
         wrapped(vae_tiling="maybe")
 
@@ -311,9 +320,10 @@ def test_tiles_are_chosen_by_the_estimate(monkeypatch) -> None:
 
     pipe = pipeline()
     before = tiling._settings(pipe.vae)
-    whole = tiling.decode_bytes(pipe.vae, 128, 128)
-    tiled = tiling.decode_bytes(pipe.vae, 128, 128, tile=64)
+    whole, tiled = (tiling.decode_bytes(pipe.vae, 128, 128, tile=side) for side in (None, 64))
     assert tiled < whole and tiling._settings(pipe.vae) == before
+    known = {None: whole, 64: tiled}  # an estimate takes seconds
+    monkeypatch.setattr(tiling, "decode_bytes", lambda vae, height, width, tile: known[tile])
     assert choose_tiling(pipe.vae, 128, 128, whole).tile is None
     assert choose_tiling(pipe.vae, 128, 128, whole - 1).tile == 64
     with pytest.raises(BudgetError) as error:
@@ -355,7 +365,3 @@ def test_diffsynth_s_interface() -> None:
     wrapped.disable_vram_management()
     with pytest.raises(ValueError, match="this pipeline's transformer"):
         wrapped.load_lora(pipe.vae, keys)
-
-
-def _latents() -> torch.Tensor:
-    return torch.randn(1, 4, 1, 4, 4, generator=torch.Generator().manual_seed(2))

@@ -101,7 +101,9 @@ def test_beside_and_fused_are_the_sum_computed_by_hand(x: torch.Tensor, scale: f
     assert relative_l2(expected, model(x)) < CLOSE
     fused = model.blocks[0].weight
     a, b = keys["blocks.0.lora_A.weight"], keys["blocks.0.lora_B.weight"]
-    assert torch.allclose(fused, before["blocks.0.weight"] + scale * (b @ a), atol=8 * UNIT[torch.float32])
+    assert torch.allclose(
+        fused, before["blocks.0.weight"] + scale * (b @ a), atol=8 * UNIT[torch.float32]
+    )
     loras.unfuse()
     assert relative_l2(expected, model(x)) < CLOSE
     loras.clear()
@@ -181,7 +183,9 @@ def test_fused_then_stored_is_rounded_once_and_unfuses_to_the_converted_base(
     apart = (model.blocks[0].codes.int() - alone.codes.int()).abs()
     assert int(apart.max()) <= 1 and float((apart > 0).float().mean()) < 0.01
     assert type(model.blocks[2]) is nn.Linear
-    assert torch.allclose(model.blocks[2].weight, once["blocks.2"].bfloat16(), rtol=4 * UNIT[torch.bfloat16], atol=0)
+    assert torch.allclose(
+        model.blocks[2].weight, once["blocks.2"].bfloat16(), rtol=4 * UNIT[torch.bfloat16], atol=0
+    )
     assert model.blocks[0].compute_dtype is torch.bfloat16
     assert model(x.bfloat16()).isfinite().all()
     if on_disk:

@@ -7,7 +7,7 @@ have, checked before anything moves.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,15 @@ from torch import nn
 
 from ..convert import Progress
 from ..errors import BudgetError
+from ..offload.store import LARGE_PAGE, PAGE, SMALL
 from ..sizes import format_size, parse_size
 from .fp8_compute import Fp8Compute, enable_fp8_computation, switch_back
 from .parts import Parts, blocks_of, bytes_of, parts_of
 
 # Blocks are this part of the room at most, so that two are there while a third is on its way.
 _SHARE, _LEAST_BLOCKS = 3, 12
+# Tensors of a block begin at multiples of 64, its runs where they lie within a page.
+_PADDING = 8192
 
 
 @dataclass(frozen=True)
@@ -90,8 +93,8 @@ def enable_vram_management(
         raise BudgetError(
             f"a limit of {format_size(limit)} leaves nothing beside a buffer of "
             f"{format_size(buffer)}: give a limit of more than "
-            f"{format_size(buffer + fixed + _least(moved))}",
-            buffer + fixed + _least(moved),
+            f"{format_size(buffer + fixed + least_room(moved.values()))}",
+            buffer + fixed + least_room(moved.values()),
         )
     if not auto_offload:
         _check_whole(components, limit, buffer)
@@ -99,11 +102,11 @@ def enable_vram_management(
         _note(pipeline, Management(limit, buffer, False, tuple(components), persistent, compute))
         return pipeline
     if limit is not None:
-        needed = buffer + fixed + _least(moved)
+        needed = buffer + fixed + least_room(moved.values())
         if limit < needed:
             raise BudgetError(
                 f"{format_size(limit)} hold no block: {format_size(fixed)} always stay in memory, "
-                f"the largest block takes {format_size(_least(moved))} and "
+                f"the largest block takes {format_size(least_room(moved.values()))} and "
                 f"{format_size(buffer)} are buffer; the smallest limit that would do is "
                 f"{format_size(needed)} ({needed} B)",
                 needed,
@@ -193,8 +196,13 @@ def _layers_of(module: nn.Module) -> list[nn.Module]:
     return [m for m in module.modules() if next(m.children(), None) is None]
 
 
-def _least(moved: dict[str, nn.Module]) -> int:
-    return max((largest_block(module) for module in moved.values()), default=0)
+def least_room(moved: Iterable[nn.Module]) -> int:
+    """What the largest block of these takes in whole pages, with what pads it."""
+    modules = list(moved)
+    total = sum(bytes_of(module) for module in modules)
+    page = PAGE if total < SMALL else LARGE_PAGE
+    largest = max((largest_block(module) for module in modules), default=0)
+    return -(-(largest + _PADDING) // page) * page + page
 
 
 def _cap(module: nn.Module, room: int | None) -> int:

@@ -132,11 +132,11 @@ def published_bytes(
     )
 
 
-def converted_bytes(module: nn.Module, formats: dict[str, Any]) -> int:
-    """What a module's weights would take with these formats, by layer; it is not changed."""
+def converted_copy(module: nn.Module, formats: dict[str, Any]) -> nn.Module:
+    """The module as it would be with these formats, by layer, without its memory."""
     from ..convert import convert
-    from ..estimator import meta_copy, weight_bytes
+    from ..estimator import meta_copy
 
     skeleton = meta_copy(module)
     convert(skeleton, formats)
-    return weight_bytes(skeleton)
+    return skeleton

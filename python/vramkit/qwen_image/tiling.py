@@ -67,11 +67,11 @@ def decode_bytes(vae: Any, height: int, width: int, *, tile: int | None = None) 
             setattr(vae, name, value)
 
 
-def choose_tiling(vae: Any, height: int, width: int, room: int) -> Tiling:
+def choose_tiling(vae: Any, height: int, width: int, room: int, *, strict: bool = True) -> Tiling:
     """The largest way of decoding an image of this size that `room` bytes hold.
 
-    The VAE is left as it is: `apply_tiling` sets it. Raises BudgetError, with the bytes that the
-    smallest tiles need, where not even they fit.
+    The VAE is left as it is: `apply_tiling` sets it. Where not even the smallest tiles fit, raises
+    BudgetError with the bytes that they need; not `strict`: takes what needs least.
     """
     tried: list[tuple[int | None, int]] = []
     sides = (None, *(side for side in TILES if side < max(height, width)))
@@ -80,7 +80,9 @@ def choose_tiling(vae: Any, height: int, width: int, room: int) -> Tiling:
         tried.append((side, needed))
         if needed <= room:
             return Tiling(side, needed, tried)
-    least = min(needed for _, needed in tried)
+    side, least = min(tried, key=lambda found: found[1])
+    if not strict:
+        return Tiling(side, least, tried)
     raise BudgetError(
         f"decoding {width} x {height} needs {format_size(least)} beside the weights even in the "
         f"smallest tiles, and {format_size(max(0, room))} are left",

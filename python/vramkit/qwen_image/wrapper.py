@@ -19,7 +19,7 @@ from .keep import KEEP
 from .lora import BRANCHES, Adapter, LoraStack
 from .modes import Mode, needed_bytes
 from .parts import Parts, bytes_of, parts_of
-from .sizes import ComponentBytes, converted_bytes, precision_of
+from .sizes import ComponentBytes, converted_copy, precision_of
 from .tiling import Tiling, apply_tiling, choose_tiling
 
 Lora = str | os.PathLike[str] | Mapping[str, Tensor] | tuple[Any, float]
@@ -196,18 +196,16 @@ class QwenImage:
         return self._needed(chosen, formats)
 
     def _needed(self, mode: Mode, formats: Mapping[str, Mapping[str, Precision]]) -> int:
-        sizes, blocks = {}, {}
+        made = {}
         for name, module in self._parts.components.items():
             chosen = dict(formats.get(name, {}))
-            sizes[name] = converted_bytes(module, chosen) if chosen else bytes_of(module)
-            share = sizes[name] / max(1, bytes_of(module))
-            blocks[name] = round(management.largest_block(module) * share)
-        stay = sizes.pop("vae", 0)
-        blocks.pop("vae", None)
+            made[name] = converted_copy(module, chosen) if chosen else module
+        vae = made.pop("vae", None)
+        stay = 0 if vae is None else bytes_of(vae)
         if mode.streams:
-            return stay + max(blocks.values(), default=0)
-        found = ComponentBytes(0, max(sizes.values(), default=0), stay, 0)
-        return needed_bytes(mode, found)
+            return stay + management.least_room(made.values())
+        largest = max((bytes_of(module) for module in made.values()), default=0)
+        return needed_bytes(mode, ComponentBytes(0, largest, stay, 0))
 
     def _check_limit(
         self,
@@ -363,7 +361,9 @@ class QwenImage:
             return
         key = (height, width, room)
         if key not in self._tilings:
-            self._tilings[key] = choose_tiling(vae, height, width, room)
+            # On a processor the limit bounds weights, and a call's own memory comes on top.
+            strict = next(vae.parameters()).device.type != "cpu"
+            self._tilings[key] = choose_tiling(vae, height, width, room, strict=strict)
         self.tiling = self._tilings[key]
         apply_tiling(vae, self.tiling)
 
