@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import __version__
+from .cli_qwen import qwen_image
 from .errors import BudgetError, VramkitError
 from .precision import PrecisionMode
 from .sizes import format_size
@@ -642,6 +643,8 @@ def _verified(console: Console, model: Any, made: Any, inputs: Any) -> dict[str,
     console.print(str(found), highlight=False)
     return found.to_dict()
 
+
+main.add_command(qwen_image)
 
 if __name__ == "__main__":
     main()
