@@ -68,21 +68,25 @@ def pipeline(model: nn.Module | None = None, *, edit: bool = False, **parts: Any
     return made
 
 
-def embeddings(width: int = 16, length: int = 7) -> dict[str, Tensor]:
+def embeddings(
+    width: int = 16, length: int = 7, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(5)
     return {
-        "prompt_embeds": torch.randn(1, length, width, generator=generator),
+        "prompt_embeds": torch.randn(1, length, width, generator=generator).to(dtype),
         "prompt_embeds_mask": torch.ones(1, length, dtype=torch.long),
     }
 
 
-def image_of(pipe: Any, text: int = 16, **arguments: Any) -> Tensor:
+def image_of(
+    pipe: Any, text: int = 16, *, dtype: torch.dtype = torch.float32, **arguments: Any
+) -> Tensor:
     """[1, 3, 32, 32] in two steps from fixed noise."""
     asked = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "pt", **arguments}
     asked.setdefault("true_cfg_scale", 1.0)
     with torch.inference_mode():
         found: Tensor = pipe(
-            generator=torch.Generator().manual_seed(0), **embeddings(text), **asked
+            generator=torch.Generator().manual_seed(0), **embeddings(text, dtype=dtype), **asked
         ).images
     return found
 

@@ -16,7 +16,8 @@ def run(*arguments: str) -> tuple[int, dict]:
 
 def test_a_card_s_mode_and_the_bytes_of_all() -> None:
     code, data = run("--vram-gb", "12")
-    assert code == 0 and data["recommended"] == recommend(12).to_dict()
+    assert code == 0
+    assert data["recommended"] == recommend(12).to_dict()
     rows = {(row["mode"], row["modulation"]): row for row in data["modes"]}
     assert rows["original", None]["transformer_bytes"] == 40_860_802_176
     assert rows["fp8", None]["needed_bytes"] > 27 * 10**9
@@ -27,14 +28,18 @@ def test_a_card_s_mode_and_the_bytes_of_all() -> None:
 
 def test_a_mode_that_does_not_fit_and_what_is_wrong() -> None:
     code, data = run("--mode", "fp8", "--vram-gb", "16")
-    assert code == EXIT_BUDGET and data["needed_bytes"] > 16 * 2**30
+    assert code == EXIT_BUDGET
+    assert data["needed_bytes"] > 16 * 2**30
     assert run("--mode", "fp8", "--vram-gb", "48")[0] == 0
     code, data = run("--mode", "fp9")
-    assert code == EXIT_ERROR and "low_vram_fused" in data["error"]
+    assert code == EXIT_ERROR
+    assert "low_vram_fused" in data["error"]
     assert run("--vram-gb", "much")[0] == EXIT_ERROR
     assert run("--vram-gb", "2")[0] == EXIT_BUDGET
 
 
 def test_without_json_a_table() -> None:
     done = CliRunner().invoke(main, ["qwen-image", "--vram-gb", "80"])
-    assert done.exit_code == 0 and "original: needs" in done.stdout and "38.1 GiB" in done.stdout
+    assert done.exit_code == 0
+    assert "original: needs" in done.stdout
+    assert "38.1 GiB" in done.stdout

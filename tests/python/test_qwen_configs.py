@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 import torch
 import vramkit
+from qwen_models import image_of, pipeline, transformer, vae
 from safetensors.torch import load_file, save_file
 from torch import nn
 from vramkit.errors import CheckpointError, NonFiniteWeightError
 from vramkit.layers import QuantizedLayer
 from vramkit.qwen_image import KEEP, ModelConfig, QwenImage, from_pretrained, load_model
-
-from qwen_models import image_of, pipeline, transformer, vae
 
 pytest.importorskip("diffusers")
 
@@ -57,8 +56,10 @@ def test_weights_are_stored_in_one_dtype_and_computed_in_another(folder: Path) -
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     layer: Any = model.get_submodule("transformer_blocks.0.attn.to_q")
-    assert layer.format_names == "fp8" and layer.compute_dtype is torch.float32
-    assert not any(p.requires_grad for p in model.parameters()) and not model.training
+    assert layer.format_names == "fp8"
+    assert layer.compute_dtype is torch.float32
+    assert not any(p.requires_grad for p in model.parameters())
+    assert not model.training
 
 
 def test_norms_and_biases_keep_their_dtype(folder: Path) -> None:
@@ -66,7 +67,8 @@ def test_norms_and_biases_keep_their_dtype(folder: Path) -> None:
     stored = tensors(folder / "transformer")
     for name, parameter in model.named_parameters():
         if name.endswith(("bias", "norm.weight", "norm_q.weight", "norm_added_k.weight")):
-            assert parameter.dtype is torch.bfloat16 and torch.equal(parameter, stored[name])
+            assert parameter.dtype is torch.bfloat16
+            assert torch.equal(parameter, stored[name])
     kinds = {type(m).__name__ for m in model.modules() if isinstance(m, QuantizedLayer)}
     assert kinds == {"QuantizedLinear"}
 
@@ -104,7 +106,7 @@ def test_each_component_has_its_own_as_the_guide_shows(folder: Path) -> None:
 def test_what_is_wrong_is_said(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no file matches"):
         load_model(ModelConfig("transformer/*.safetensors", root=tmp_path))
-    with pytest.raises(ValueError, match="cannot be stored in torch.int64"):
+    with pytest.raises(ValueError, match=r"cannot be stored in torch\.int64"):
         ModelConfig("x", offload_dtype=torch.int64)
     with pytest.raises(ValueError, match="the formats are"):
         ModelConfig("x", offload_dtype="int3")

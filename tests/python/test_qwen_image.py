@@ -1,4 +1,4 @@
-"""Qwen-Image's modes and `enable_vram_management` on diffusers' pipelines and DiffSynth's interface.
+"""Qwen-Image's modes and `enable_vram_management`: diffusers' pipelines, DiffSynth's interface.
 
 The models are small and have random weights: they show plumbing and bytes, not quality.
 """
@@ -11,15 +11,22 @@ import pytest
 import torch
 import vramkit
 from numerics import UNIT
+from qwen_models import SmallDiffSynth, image_of, lora_keys, pipeline, transformer
 from torch import nn
 from vramkit.errors import BudgetError
 from vramkit.layers import QuantizedLayer
-from vramkit.qwen_image import KEEP, Mode, QwenImage, choose_tiling, recommend
+from vramkit.qwen_image import (
+    KEEP,
+    Mode,
+    QwenImage,
+    choose_tiling,
+    fp8_compute,
+    parts,
+    recommend,
+    sizes,
+)
 from vramkit.qwen_image import enable_vram_management as manage
-from vramkit.qwen_image import fp8_compute, parts, sizes
 from vramkit.qwen_image.pictures import relative_l2
-
-from qwen_models import SmallDiffSynth, image_of, lora_keys, pipeline, transformer
 
 pytest.importorskip("diffusers")
 ATTENTION = ["transformer_blocks.0.attn.to_q", "transformer_blocks.1.attn.to_out.0"]
@@ -98,7 +105,8 @@ def test_fp8_stores_what_is_not_kept_with_a_scale_for_each_row() -> None:
     wrapped = QwenImage(pipe, "FP8")
     found = formats(pipe.transformer)
     assert set(found.values()) == {"fp8"}
-    assert all(".attn." in name or "_mlp." in name for name in found) and len(found) == 2 * 12
+    assert all(".attn." in name or "_mlp." in name for name in found)
+    assert len(found) == 2 * 12
     after = pipe.transformer.state_dict()
     kept = [name for name in before if name in after]
     assert all(torch.equal(before[name], after[name]) for name in kept)
@@ -109,7 +117,8 @@ def test_fp8_stores_what_is_not_kept_with_a_scale_for_each_row() -> None:
     apart = (layer.dense_weight(torch.float32) - weight).abs()
     assert bool((apart <= by_row * 2.0**-4).all())  # E4M3: half of an eighth at most
     assert 0 < relative_l2(reference, image_of(wrapped)) < 0.1
-    assert wrapped.mode is Mode.FP8 and wrapped.vae is pipe.vae
+    assert wrapped.mode is Mode.FP8
+    assert wrapped.vae is pipe.vae
     with pytest.raises(ValueError, match="converted already"):
         wrapped.set_mode("fp8")
 
@@ -141,7 +150,8 @@ def test_low_vram_runs_a_model_of_four_times_its_limit_with_the_same_bits() -> N
     copied = session.sessions["transformer"].engine.stats().bytes_copied
     assert copied > streamed  # two steps read it more than once
     pipe.disable_vram_management()
-    assert made.vramkit_session is None and torch.equal(image_of(pipe, **arguments), reference)
+    assert made.vramkit_session is None
+    assert torch.equal(image_of(pipe, **arguments), reference)
 
 
 def test_fused_modes_are_the_unfused_ones_up_to_rounding_and_unfuse_exactly(tmp_path) -> None:
@@ -151,13 +161,15 @@ def test_fused_modes_are_the_unfused_ones_up_to_rounding_and_unfuse_exactly(tmp_
     without = QwenImage(pipeline(), "fp8")
     images = [image_of(pipe) for pipe in (beside, fused, without)]
     assert 0 < relative_l2(images[0], images[1]) < relative_l2(images[2], images[1])
-    assert fused.loras.fused and not beside.loras.fused
+    assert fused.loras.fused
+    assert not beside.loras.fused
     fused.unfuse_lora()
     fused.clear_lora()
     beside.clear_lora()
     assert same(fused.transformer.state_dict(), without.transformer.state_dict())
     assert same(beside.transformer.state_dict(), without.transformer.state_dict())
-    assert torch.equal(image_of(fused), images[2]) and torch.equal(image_of(beside), images[2])
+    assert torch.equal(image_of(fused), images[2])
+    assert torch.equal(image_of(beside), images[2])
 
 
 def test_lora_changes_while_low_vram_streams() -> None:
@@ -184,7 +196,8 @@ def test_a_mode_that_cannot_fit_says_its_bytes_and_changes_nothing() -> None:
     for mode in ("fp8", "fp8_fused", "low_vram", "low_vram_fused"):
         with pytest.raises(BudgetError) as error:
             QwenImage(pipe, mode, lora=keys, vram_limit="16 MB", vram_buffer="15.9 MB")
-        assert error.value.needed_bytes > 16_000_000 and "nothing was changed" in str(error.value)
+        assert error.value.needed_bytes > 16_000_000
+        assert "nothing was changed" in str(error.value)
     assert same(plain_state(pipe.transformer), before)
     needed = error.value.needed_bytes
     low = QwenImage(
@@ -230,7 +243,8 @@ def test_the_arguments_of_enable_vram_management() -> None:
     manage(pipe, 10.0, 1.5)  # the guide's call: GiB
     found = pipe.vramkit_management
     assert (found.limit_bytes, found.buffer_bytes) == (10 << 30, 3 << 29)
-    assert found.offloads and found.stay == ("vae",)
+    assert found.offloads
+    assert found.stay == ("vae",)
     assert torch.equal(image_of(pipe, 64), reference)
     with pytest.raises(ValueError, match="managed already"):
         manage(pipe, 10.0)
@@ -277,7 +291,8 @@ def test_fp8_products_are_those_of_the_rounded_operands(monkeypatch) -> None:
     # rounded to bfloat16 as a product, and again with the bias
     size = rounded.double().abs() @ weight.double().abs().t() + layer.bias.double().abs()
     bound = 4 * UNIT[torch.bfloat16] * size.reshape(2, 5, 32)
-    assert found.dtype is torch.bfloat16 and bool(((found - exact).abs() <= bound).all())
+    assert found.dtype is torch.bfloat16
+    assert bool(((found - exact).abs() <= bound).all())
 
     pipe = pipeline(aligned(2))
     QwenImage(pipe, "fp8")
@@ -321,7 +336,8 @@ def test_tiles_are_chosen_by_the_estimate(monkeypatch) -> None:
     pipe = pipeline()
     before = tiling._settings(pipe.vae)
     whole, tiled = (tiling.decode_bytes(pipe.vae, 128, 128, tile=side) for side in (None, 64))
-    assert tiled < whole and tiling._settings(pipe.vae) == before
+    assert tiled < whole
+    assert tiling._settings(pipe.vae) == before
     known = {None: whole, 64: tiled}  # an estimate takes seconds
     monkeypatch.setattr(tiling, "decode_bytes", lambda vae, height, width, tile: known[tile])
     assert choose_tiling(pipe.vae, 128, 128, whole).tile is None
@@ -336,11 +352,13 @@ def test_tiles_are_chosen_by_the_estimate(monkeypatch) -> None:
     total = sum(wrapped.weights_bytes.values())
     wrapped.enable_vram_management(f"{total + whole - 1} B", 0, False)
     image_of(wrapped, height=128, width=128)
-    assert used and wrapped.tiling.tile == 64
+    assert used
+    assert wrapped.tiling.tile == 64
     wrapped.enable_vram_management(f"{total + whole} B", 0, False)
     used.clear()
     image_of(wrapped, height=128, width=128)
-    assert not used and wrapped.tiling.tile is None
+    assert not used
+    assert wrapped.tiling.tile is None
 
 
 def test_diffsynth_s_interface() -> None:
@@ -348,7 +366,8 @@ def test_diffsynth_s_interface() -> None:
     pipe = SmallDiffSynth(transformer())
     reference = pipe(prompt, seed=3)
     wrapped = QwenImage(pipe, "fp8")
-    assert wrapped.transformer is pipe.dit and set(formats(pipe.dit).values()) == {"fp8"}
+    assert wrapped.transformer is pipe.dit
+    assert set(formats(pipe.dit).values()) == {"fp8"}
     plain = wrapped(prompt, seed=3)
     assert 0 < relative_l2(reference, plain) < 0.1
     keys = lora_keys(transformer(), ATTENTION, "AB", "diffusion_model.")

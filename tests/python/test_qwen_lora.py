@@ -107,7 +107,8 @@ def test_beside_and_fused_are_the_sum_computed_by_hand(x: torch.Tensor, scale: f
     loras.unfuse()
     assert relative_l2(expected, model(x)) < CLOSE
     loras.clear()
-    assert same(state(model), before) and not model.blocks[0]._forward_hooks
+    assert same(state(model), before)
+    assert not model.blocks[0]._forward_hooks
 
 
 def test_several_are_stacked_swapped_scaled_and_let_go(x: torch.Tensor) -> None:
@@ -127,11 +128,13 @@ def test_several_are_stacked_swapped_scaled_and_let_go(x: torch.Tensor) -> None:
     assert torch.equal(model(x), plain)
     loras.use("one", "two")
     assert torch.equal(model(x), both)
-    assert not torch.equal(first, second) and not torch.equal(both, first)
+    assert not torch.equal(first, second)
+    assert not torch.equal(both, first)
     loras.scale("two", 0.0)
     assert torch.equal(model(x), first)
     loras.unload("two")
-    assert torch.equal(model(x), first) and list(loras.adapters) == ["one"]
+    assert torch.equal(model(x), first)
+    assert list(loras.adapters) == ["one"]
     loras.clear()
     assert torch.equal(model(x), plain)
     assert not any("lora" in name for name, _ in model.named_modules())
@@ -153,7 +156,7 @@ def test_on_a_converted_base_beside_it_and_fused(x: torch.Tensor, precision: str
         b, a = keys[f"{name}.lora_B.weight"], keys[f"{name}.lora_A.weight"]
         with torch.no_grad():
             again.get_submodule(name).weight.addmm_(b, a)
-    vramkit.convert(again, {name: precision for name in LAYERS})
+    vramkit.convert(again, dict.fromkeys(LAYERS, precision))
     assert torch.equal(model.blocks[0].codes, again.blocks[0].codes)
     assert torch.equal(model.blocks[0].scales, again.blocks[0].scales)
     loras.clear()
@@ -181,7 +184,8 @@ def test_fused_then_stored_is_rounded_once_and_unfuses_to_the_converted_base(
     vramkit.convert(alone, "fp8")
     # float32 sums in another order may round to the neighbouring code
     apart = (model.blocks[0].codes.int() - alone.codes.int()).abs()
-    assert int(apart.max()) <= 1 and float((apart > 0).float().mean()) < 0.01
+    assert int(apart.max()) <= 1
+    assert float((apart > 0).float().mean()) < 0.01
     assert type(model.blocks[2]) is nn.Linear
     assert torch.allclose(
         model.blocks[2].weight, once["blocks.2"].bfloat16(), rtol=4 * UNIT[torch.bfloat16], atol=0
@@ -223,9 +227,10 @@ def test_what_does_not_fit_is_an_error_and_the_model_is_as_it_was(x: torch.Tenso
         loras.load(good, scale=float("nan"))
     with pytest.raises(FileNotFoundError):
         loras.load("/nowhere/lora.safetensors")
-    assert same(state(model), before) and torch.equal(model(x), plain)
+    assert same(state(model), before)
+    assert torch.equal(model(x), plain)
+    extra = good | {k.replace("blocks", "more"): v for k, v in good.items()}
     with pytest.warns(UserWarning, match="left out"):
-        extra = good | {k.replace("blocks", "more"): v for k, v in good.items()}
         loras.load(extra, "part", skip_unmatched=True)
     with pytest.raises(ValueError, match="loaded already"):
         loras.load(good, "part")
@@ -258,7 +263,9 @@ def test_an_interrupt_while_fusing_leaves_the_weights(monkeypatch, x: torch.Tens
     monkeypatch.setattr(lora, "_put", interrupted)
     with pytest.raises(KeyboardInterrupt):
         loras.fuse()
-    assert same(state(model), before) and torch.equal(model(x), plain) and not loras.fused
+    assert same(state(model), before)
+    assert torch.equal(model(x), plain)
+    assert not loras.fused
 
 
 def test_copies_have_branches_of_their_own(x: torch.Tensor) -> None:
@@ -268,7 +275,8 @@ def test_copies_have_branches_of_their_own(x: torch.Tensor) -> None:
     with_style = model(x)
     other = copy.deepcopy(model)
     LoraStack.of(other).scale("style", 0.0)
-    assert torch.equal(model(x), with_style) and not torch.equal(other(x), with_style)
+    assert torch.equal(model(x), with_style)
+    assert not torch.equal(other(x), with_style)
     LoraStack.of(other).clear()
     assert torch.equal(model(x), with_style)
 

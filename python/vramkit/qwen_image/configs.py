@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from ..candidates import candidates
+from ..checkpoint import _FreedMemory as FreedMemory
 from ..convert import (
     Precision,
     Progress,
@@ -29,7 +30,6 @@ from ..convert import (
     storage_format,
     swap_candidate,
 )
-from ..checkpoint import _FreedMemory as FreedMemory
 from ..errors import CheckpointError
 from ..formats import StorageFormat
 from ..shards import Checkpoint

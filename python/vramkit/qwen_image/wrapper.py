@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -69,6 +68,7 @@ class QwenImage:
         self.pipeline = pipeline
         self.mode = Mode.ORIGINAL
         self.tiling: Tiling | None = None
+        self._attends_in_fp8 = False
         self._tilings: dict[tuple[int, int, int], Tiling] = {}
         loaded: list[str] = []
         try:
@@ -317,7 +317,7 @@ class QwenImage:
     def __call__(
         self,
         *args: Any,
-        enable_fp8_attention: bool = False,
+        enable_fp8_attention: bool | Mapping[str, Any] = False,
         vae_tiling: bool | str = "auto",
         **kwargs: Any,
     ) -> Any:
@@ -325,16 +325,28 @@ class QwenImage:
 
         Args:
             enable_fp8_attention: Attention's products in FP8 where the hardware has it; elsewhere
-                exact attention and a warning (`vramkit.attention`).
+                exact attention and a warning. It stays on until a call does not ask for it. A
+                mapping holds arguments of `vramkit.attention.enable_fp8_attention`.
             vae_tiling: True, False, or "auto": in tiles where the estimate says that a whole image
                 would not fit beside the VAE within the limit (diffusers' pipelines; DiffSynth's
                 have `tiled=`). `tiling` says what was chosen.
         """
-        with ExitStack() as stack:
-            if enable_fp8_attention:
-                stack.enter_context(fp8_attention(self._parts.transformer))
-            self._tile(vae_tiling, kwargs)
-            return self.pipeline(*args, **kwargs)
+        self._tile(vae_tiling, kwargs)
+        self._switch_attention(enable_fp8_attention)
+        return self.pipeline(*args, **kwargs)
+
+    def _switch_attention(self, asked: bool | Mapping[str, Any]) -> None:
+        """On at the first call that asks for it, off at the first that does not."""
+        if bool(asked) == self._attends_in_fp8:
+            return
+        # `True` alone means the defaults; an empty mapping would mean no.
+        options = dict(asked) if isinstance(asked, Mapping) else {}
+        attention: Any = import_module("vramkit.attention")
+        if asked:
+            attention.enable_fp8_attention(self._parts.transformer, **options)
+        else:
+            attention.disable_fp8_attention(self._parts.transformer)
+        self._attends_in_fp8 = bool(asked)
 
     def _tile(self, asked: bool | str, kwargs: dict[str, Any]) -> None:
         if asked not in (True, False, "auto"):
@@ -386,17 +398,6 @@ class QwenImage:
             side = getattr(self.pipeline, "default_sample_size", None)
             return (None, None) if side is None else (side * factor, side * factor)
         return height or width, width or height
-
-
-@contextmanager
-def fp8_attention(transformer: nn.Module) -> Iterator[Any]:
-    """FP8 attention within it, where `vramkit.attention` finds hardware for it."""
-    attention: Any = import_module("vramkit.attention")
-    found = attention.enable_fp8_attention(transformer)
-    try:
-        yield found
-    finally:
-        attention.disable_fp8_attention(transformer)
 
 
 def _listed(lora: Lora | Sequence[Lora] | None) -> list[Lora]:
