@@ -32,7 +32,7 @@ DOCUMENTED = {  # the guide's table, in its GB
 }
 TOKENS, TEXT, WIDTH = 16, 32, 96
 TEXT_TOKENS, SHAPES = 2, [(1, 4, 4)]
-STEPS, BATCH, SAMPLING = 700, 64, 12
+STEPS, BATCH, SAMPLING = 400, 32, 10
 # What is promised of fp8 with the default list against the model as it is.
 FP8_ERROR, LOW_VRAM_TIMES = 0.10, 4
 
@@ -237,12 +237,14 @@ def train(steps: int = STEPS) -> tuple[nn.Module, Tensor, Tensor]:
         optimizer.step()
         schedule.step()
         if step % 100 == 99:
-            print(f"  step {step + 1}: loss {float(loss):.3f}, {time.perf_counter() - start:.0f} s")
+            print(
+                f"  step {step + 1}: loss {float(loss.detach()):.3f}, {time.perf_counter() - start:.0f} s"
+            )
     return model.eval().requires_grad_(False), images[held], labels[held]
 
 
 class DigitPipeline:
-    """Draws digits: twelve Euler steps from fixed noise."""
+    """Draws digits: ten Euler steps from fixed noise."""
 
     def __init__(self, transformer: nn.Module) -> None:
         self.transformer = transformer
@@ -269,31 +271,31 @@ def batches(images: Tensor, labels: Tensor) -> list[dict[str, Any]]:
     """Calls of the transformer at several times, on digits that it has not seen."""
     generator = torch.Generator().manual_seed(7)
     made = []
-    for at in (0.1, 0.4, 0.7, 0.95):
-        clean = to_patches(images[:48])
+    for at in (0.2, 0.5, 0.9):
+        clean = to_patches(images[:24])
         noise = torch.randn(clean.shape, generator=generator)
         made.append(
             {
                 "hidden_states": torch.lerp(clean, noise, at),
-                "timestep": torch.full((48,), at),
-                "encoder_hidden_states": label_embeddings()[labels[:48]],
-                "img_shapes": [SHAPES] * 48,
+                "timestep": torch.full((24,), at),
+                "encoder_hidden_states": label_embeddings()[labels[:24]],
+                "img_shapes": [SHAPES] * 24,
             }
         )
     return made
 
 
 def held_out_loss(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Mean squared error of the velocity on digits held out, over nine times."""
+    """Mean squared error of the velocity on digits held out, over three times."""
     generator = torch.Generator().manual_seed(8)
     total = 0.0
     with torch.inference_mode():
-        for at in torch.linspace(0.1, 0.9, 9):
+        for at in torch.linspace(0.2, 0.8, 3):
             clean = to_patches(images)
             noise = torch.randn(clean.shape, generator=generator)
             mixed = torch.lerp(clean, noise, at)
             found = velocity(model, mixed, at.expand(len(clean)), label_embeddings()[labels])
-            total += float((found - (noise - clean)).square().mean()) / 9
+            total += float((found - (noise - clean)).square().mean()) / 3
     return total
 
 
