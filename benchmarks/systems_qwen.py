@@ -237,9 +237,8 @@ def train(steps: int = STEPS) -> tuple[nn.Module, Tensor, Tensor]:
         optimizer.step()
         schedule.step()
         if step % 100 == 99:
-            print(
-                f"  step {step + 1}: loss {float(loss.detach()):.3f}, {time.perf_counter() - start:.0f} s"
-            )
+            taken = time.perf_counter() - start
+            print(f"  step {step + 1}: loss {float(loss.detach()):.3f}, {taken:.0f} s")
     return model.eval().requires_grad_(False), images[held], labels[held]
 
 

@@ -2,7 +2,7 @@
 
 >>> from vramkit import qwen_image
 >>> print(qwen_image.recommend(12))
-low_vram_fused: needs 6.9 GiB of 11.7 GiB
+low_vram_fused: needs 5.5 GiB of 11.7 GiB
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ def published_bytes(
     that of the modulation layers, which `keep` has by default.
 
     >>> published_bytes().transformer, published_bytes("fp8", keep=()).transformer
-    (40860802176, 20448786816)
+    (40860802176, 20458175872)
     """
     kept = list(keep)
     norms = BLOCKS * 4 * HEAD + TEXT_WIDTH
