@@ -61,11 +61,13 @@ class ModeComparison:
         return {"modes": [one.to_dict() for one in self.images]}
 
     def __str__(self) -> str:
-        lines = ["mode               weights     in memory    seconds  rel. L2   PSNR    SSIM"]
+        wide = max((len(one.mode) for one in self.images), default=4)
+        heads = f"{'weights':>10} {'in memory':>10} {'seconds':>8} {'rel. L2':>8} {'PSNR':>6}"
+        lines = [f"{'mode':<{wide}} {heads} {'SSIM':>7}"]
         for one in self.images:
             lines.append(
-                f"{one.mode:<16} {format_size(one.weights_bytes):>10} "
-                f"{format_size(one.device_bytes):>13} {one.seconds:>9.2f} {one.relative_l2:>7.3f}% "
+                f"{one.mode:<{wide}} {format_size(one.weights_bytes):>10} "
+                f"{format_size(one.device_bytes):>10} {one.seconds:>8.2f} {one.relative_l2:>7.3f}% "
                 f"{one.psnr:>6.1f} {one.ssim:>7.4f}"
             )
         return "\n".join(lines)
