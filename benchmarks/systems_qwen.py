@@ -1,7 +1,7 @@
 """Qwen-Image: bytes of the published model by mode, and what modes cost on a trained small one.
 
 True scale is counted from the real classes on the meta device. Quality is measured on a transformer
-of the same class with 1.3 M parameters, trained here by flow matching on scikit-learn's digits
+of the same class with 1.4 M parameters, trained here by flow matching on scikit-learn's digits
 (8 x 8 pixels, 16 patches, the digit as the text): random weights would say nothing. Streaming is
 timed on a larger one with random weights, whose limit is a quarter of it.
 """
@@ -180,7 +180,7 @@ def to_images(patches: Tensor) -> Tensor:
 
 
 def digit_transformer() -> nn.Module:
-    """Qwen-Image's own class with 1.3 M parameters."""
+    """Qwen-Image's own class with 1.4 M parameters."""
     from diffusers import QwenImageTransformer2DModel
 
     torch.manual_seed(0)

@@ -42,6 +42,7 @@ class Drawer(nn.Module):
         self.img_in = nn.Linear(32, 32)
         self.transformer_blocks = nn.ModuleList(map(Block, louds, gains))
         self.proj_out = nn.Linear(32, 32)
+        self.eval()
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
         x = self.img_in(x)

@@ -88,7 +88,8 @@ def switch(module: nn.Module) -> int:
             continue
         whole = layer.in_features % _MULTIPLE == 0 == layer.out_features % _MULTIPLE
         if layer.storage_format.name == "fp8" and whole:
-            layer.__class__ = _computing(type(layer))
+            base: Any = type(layer)
+            layer.__class__ = _computing(base)
             count += 1
     return count
 

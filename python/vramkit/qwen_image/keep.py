@@ -166,7 +166,7 @@ def first_output(result: Any) -> Any:
 
 
 def _judge(rows: Sequence[tuple[str, int, float]], times: float) -> list[KindError]:
-    sums: dict[str, list[float]] = {}
+    sums: dict[str, list[Any]] = {}
     for name, saved, error in rows:
         entry = sums.setdefault(name, [0, 0, 0.0])
         entry[0] += 1

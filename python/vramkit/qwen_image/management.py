@@ -112,6 +112,7 @@ def enable_vram_management(
                 needed,
             )
     room = None if limit is None else limit - buffer - fixed
+    places: dict[str, tuple[int, set[int] | None, tuple[int, ...]]]
     places = {name: (_cap(module, room), None, ()) for name, module in moved.items()}
     if persistent is not None:
         places[parts.name] = _with_persistent(parts, places[parts.name][0], persistent)

@@ -61,7 +61,9 @@ def decode_bytes(vae: Any, height: int, width: int, *, tile: int | None = None) 
             dtype=model_dtype(vae),
             device="meta",
         )
-        return estimate(_Decode(vae).eval(), inputs=(latents,)).activations_bytes
+        found = estimate(_Decode(vae).eval(), inputs=(latents,)).activations_bytes
+        assert found is not None  # inputs were given
+        return found
     finally:
         for name, value in before.items():
             setattr(vae, name, value)
@@ -108,6 +110,11 @@ def _tile(vae: Any, side: int) -> None:
 
 
 def _settings(vae: Any) -> dict[str, Any]:
-    names = ("use_tiling", "tile_sample_min_height", "tile_sample_min_width")
-    names += ("tile_sample_stride_height", "tile_sample_stride_width")
+    names = (
+        "use_tiling",
+        "tile_sample_min_height",
+        "tile_sample_min_width",
+        "tile_sample_stride_height",
+        "tile_sample_stride_width",
+    )
     return {name: getattr(vae, name) for name in names}
