@@ -22,6 +22,7 @@ from rich.table import Table
 
 from . import __version__
 from .cli_heartmula import heartmula
+from .cli_qwen import qwen_image
 from .cli_serve import serve
 from .errors import BudgetError, VramkitError
 from .precision import PrecisionMode
@@ -648,6 +649,7 @@ def _verified(console: Console, model: Any, made: Any, inputs: Any) -> dict[str,
 reported = _reported  # for commands in files of their own
 main.add_command(heartmula)
 main.add_command(serve)
+main.add_command(qwen_image)
 
 if __name__ == "__main__":
     main()

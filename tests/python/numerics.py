@@ -182,6 +182,14 @@ def squared_difference(error: float, length: int, more: float = 0.0) -> float:
     return 4 * (accumulation_bound(length) + more) / math.sqrt(error)
 
 
+def stack_bound(length: int, layers: int) -> float:
+    """Relative error in float32 of a stack of layers that hold values to order one.
+
+    Each adds the error of its sums (`accumulation_bound`), and carries what came before it on.
+    """
+    return layers * accumulation_bound(length)
+
+
 # Quantized activations through a few layers (Chatterbox's networks, random weights): a row of
 # weights and one of activations each err by absmax / 127 / sqrt(12), 0.8 % of a Gaussian row's
 # norm, together 1.1 % a layer. Sixteen such errors, independent in sign, add up to four of them.
