@@ -1,5 +1,5 @@
-// What int8 rows are multiplied with before rounding; shared by every unit, as encode.hpp is, and by
-// the CUDA kernels.
+// What int8 rows are multiplied with before rounding; shared by every unit, as encode.hpp is, and
+// by the CUDA kernels.
 #pragma once
 #include <cfloat>
 

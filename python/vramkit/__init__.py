@@ -95,7 +95,13 @@ _LAZY = {
 }
 
 
+# Systems with a module of their own, as attributes too.
+_MODULES = ("chatterbox", "heartmula", "hunyuan3d", "qwen_image")
+
+
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f".{name}", __name__)
     if name not in _LAZY:
         raise AttributeError(f"module 'vramkit' has no attribute {name!r}")
     value = getattr(import_module(f".{_LAZY[name]}", __name__), name)

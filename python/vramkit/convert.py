@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ._operators import StoredParts, encode
 from ._operators_int8 import LONGEST_ROW
-from .bnb_config import QuantizationConfig, resolve
 from ._stochastic import check_rounding, encode_rounded
+from .bnb_config import QuantizationConfig, resolve
 from .candidates import Candidate, Parameters, User, candidates, matches
 from .errors import NonFiniteWeightError
 from .formats import StorageFormat, get_format

@@ -95,7 +95,7 @@ def enable_vram_management(
     if getattr(model, "vramkit_session", None) is not None:
         raise ValueError("this model is offloaded already; model.vramkit_session.disable() first")
     on = device_for(device)
-    limit = _available(on) if vram_limit is None else parse_size(vram_limit)
+    limit = available(on) if vram_limit is None else parse_size(vram_limit)
     where = os.fspath(folder) if folder is not None else str(cache_folder() / "blocks")
     settings = Settings(
         limit, parse_size(vram_buffer), where, pressure, progress=progress, device=on
@@ -264,7 +264,7 @@ def at_first_call(model: nn.Module, begin: Callable[[Any], Any]) -> None:
     Lent(model, around)  # takes the place of the model's forward
 
 
-def _available(device: HostDevice) -> int:
+def available(device: HostDevice) -> int:
     """Bytes that this process may still take."""
     found = device.free_bytes()
     if found is None:

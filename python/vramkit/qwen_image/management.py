@@ -15,7 +15,8 @@ from torch import nn
 
 from ..convert import Progress
 from ..errors import BudgetError
-from ..offload.store import LARGE_PAGE, PAGE, SMALL
+from ..offload.homes import LARGE_PAGE, SMALL
+from ..offload.places import PAGE
 from ..sizes import format_size, parse_size
 from .fp8_compute import Fp8Compute, enable_fp8_computation, switch_back
 from .parts import Parts, blocks_of, bytes_of, parts_of
@@ -152,12 +153,13 @@ def _start(
     pressure: bool | Callable[[Any], None],
     progress: bool | Progress,
 ) -> None:
-    from ..offload.manage import Settings, _available, enable_pipeline
+    from ..offload.device import HOST
+    from ..offload.manage import Settings, available, enable_pipeline
     from ..probing import cache_folder
 
     where = os.fspath(folder) if folder is not None else str(cache_folder() / "blocks")
     settings = Settings(
-        _available() if limit is None else limit, buffer, where, pressure, progress=progress
+        available(HOST) if limit is None else limit, buffer, where, pressure, progress=progress
     )
     enable_pipeline(pipeline, components, settings, None, stay, places)
 
