@@ -139,7 +139,7 @@ def load(
         )
     if converted and vram_limit is not None and not offload:
         raise ValueError(f"{path} is converted already, so a limit has no formats to choose")
-    place = None if device is None else torch.device(device)
+    place = None if device is None or offload else torch.device(device)
     if place is not None:
         torch.empty(0, device=place)  # a device that is not there is an error before all reading
     if mapped and not offload and (precision is not None or vram_limit is not None):
