@@ -199,13 +199,19 @@ def descriptors() -> list[str]:
     return sorted(name for name in found if name.startswith("/"))
 
 
+def threads() -> set[str]:
+    """Threads of this process: native ones, as the engine's are, and those that bear our name."""
+    others = {str(t.native_id) for t in threading.enumerate() if "vramkit" not in t.name}
+    return set(os.listdir("/proc/self/task")) - others
+
+
 def held(folder: Path) -> dict[str, Counter[str]]:
     """What this process holds of the system."""
     gc.collect()
     return {
         "files": Counter(p.name for p in folder.iterdir()),
         "descriptors": Counter(descriptors()),
-        "threads": Counter(os.listdir("/proc/self/task")),
+        "threads": Counter(threads()),
     }
 
 
