@@ -6,11 +6,19 @@ namespace vramkit::cuda {
 namespace {
 
 // Blocks that shared memory has room for on a multiprocessor; a value's three parts cost registers.
-template <Operand O, int NT>
-constexpr int kTileBlocks = (NT == 2 ? 3 : 2) - (O == Operand::split ? 1 : 0);
+// For 12.0 the 4-bit tables take one register more than two blocks leave.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr bool kTablesAreTight = true;
+#else
+constexpr bool kTablesAreTight = false;
+#endif
+template <Codes C, Operand O, int NT>
+constexpr int kTileBlocks = kTablesAreTight&& C == Codes::table4&& NT == 8
+                                ? 1
+                                : (NT == 2 ? 3 : 2) - (O == Operand::split ? 1 : 0);
 
 template <Codes C, Operand O, int NT>
-__global__ void __launch_bounds__(32 * kTileWarps, kTileBlocks<O, NT>)
+__global__ void __launch_bounds__(32 * kTileWarps, kTileBlocks<C, O, NT>)
     tile_kernel(const __grid_constant__ ProductJob job, const __grid_constant__ NestedMap nested) {
 #if __CUDA_ARCH__ >= 800  // asynchronous copies
   DeviceContext context;
