@@ -54,10 +54,10 @@ struct PinnedBuffer {
 std::unique_ptr<PinnedBuffer> pin(const py::buffer& buffer, const std::string& device) {
   const int index = device_index(device);
   if (index < 0) throw InvalidArgument("memory is pinned for a GPU, not for 'cpu'");
-  auto calls = cuda_calls();
-  if (calls == nullptr) throw InvalidArgument(kWithoutCuda);
   auto pinned = std::make_unique<PinnedBuffer>();
   pinned->memory = buffer.request(true);
+  auto calls = cuda_calls();
+  if (calls == nullptr) throw InvalidArgument(kWithoutCuda);
   auto* start = static_cast<std::byte*>(pinned->memory.ptr);
   const std::int64_t bytes = pinned->memory.size * pinned->memory.itemsize;
   const py::gil_scoped_release release;

@@ -200,9 +200,17 @@ def descriptors() -> list[str]:
 
 
 def threads() -> set[str]:
-    """Threads of this process: native ones, as the engine's are, and those that bear our name."""
-    others = {str(t.native_id) for t in threading.enumerate() if "vramkit" not in t.name}
-    return set(os.listdir("/proc/self/task")) - others
+    """Our threads in this process, the engine's and Python's: they bear our name.
+
+    Torch and its compiler start and end threads of their own when they like.
+    """
+    found = {f"{t.name} {t.native_id}" for t in threading.enumerate() if "vramkit" in t.name}
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ends meanwhile
+            name = Path(f"/proc/self/task/{thread}/comm").read_text().strip()
+            if name.startswith("vramkit"):
+                found.add(f"{name} {thread}")
+    return found
 
 
 def held(folder: Path) -> dict[str, Counter[str]]:
@@ -276,10 +284,14 @@ def test_unnamed_files(tmp_path: Path) -> None:
 
 def test_the_file_has_no_name(tmp_path: Path) -> None:
     """So that it is gone when the process is, and nobody puts another in its place."""
+    before = held(tmp_path)
     model, x, expected = made(tmp_path)
     assert list(tmp_path.iterdir()) == []
     with torch.no_grad():
         assert torch.equal(model(x), expected)
+    come = left(tmp_path, before)  # what the tests of leaks look for is there while the model lives
+    assert len(come["descriptors"]) >= 1
+    assert {name.split()[0] for name in come["threads"]} == {"vramkit-copy"}
 
 
 @pytest.mark.parametrize("fault", ["cut off", "written to"])
