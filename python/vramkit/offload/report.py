@@ -314,7 +314,9 @@ def disk_rate(path: str | os.PathLike[str]) -> float | None:
             except OSError as error:
                 failed.append(error)
 
-    threads = [threading.Thread(target=read, args=(i,), name="vramkit-measure") for i in range(_THREADS)]
+    threads = [
+        threading.Thread(target=read, args=(i,), name="vramkit-measure") for i in range(_THREADS)
+    ]
     try:
         os.fsync(descriptor)  # what is still to be written is not the reads' doing
         start = time.perf_counter()
