@@ -282,16 +282,12 @@ VRAMKIT_ANYWHERE inline void decode_block(const DecodeJob& job, const DecodeTabl
   }
 }
 
-template <Element From, Codes To>
-VRAMKIT_ANYWHERE inline void cast_chunk(const CastJob& job, std::int64_t chunk) {
-  const ChunkPlace at = place_of(chunk, (job.cols + kChunk - 1) / kChunk);
-  const std::int64_t left = job.cols - at.col;
-  const int count = left < kChunk ? static_cast<int>(left) : kChunk;
-  const std::int64_t first = at.row * job.stride + at.col;
-  float value[kChunk];
-  if constexpr (From == Element::f32) {
-    const auto* from =
-        reinterpret_cast<const std::uint8_t*>(static_cast<const float*>(job.x) + first);
+// Eight elements from `first` on, of which `count` are there; the others are zero.
+template <Element E>
+VRAMKIT_ANYWHERE inline void load_chunk(const void* x, std::int64_t first, int count,
+                                        float (&value)[kChunk]) {
+  if constexpr (E == Element::f32) {
+    const auto* from = reinterpret_cast<const std::uint8_t*>(static_cast<const float*>(x) + first);
     std::uint8_t raw[4 * kChunk];
     VRAMKIT_UNROLLED
     for (int half = 0; half < 2; ++half) {
@@ -301,16 +297,26 @@ VRAMKIT_ANYWHERE inline void cast_chunk(const CastJob& job, std::int64_t chunk) 
     memcpy(value, raw, sizeof(raw));
   } else {
     const auto* from =
-        reinterpret_cast<const std::uint8_t*>(static_cast<const std::uint16_t*>(job.x) + first);
+        reinterpret_cast<const std::uint8_t*>(static_cast<const std::uint16_t*>(x) + first);
     std::uint8_t raw[2 * kChunk];
     load_bytes<2 * kChunk>(from, 2 * count, raw);
     std::uint16_t half[kChunk];
     memcpy(half, raw, sizeof(raw));
     VRAMKIT_UNROLLED
     for (int i = 0; i < kChunk; ++i) {
-      value[i] = From == Element::bf16 ? bf16_to_float(half[i]) : half_to_float(half[i]);
+      value[i] = E == Element::bf16 ? bf16_to_float(half[i]) : half_to_float(half[i]);
     }
   }
+}
+
+template <Element From, Codes To>
+VRAMKIT_ANYWHERE inline void cast_chunk(const CastJob& job, std::int64_t chunk) {
+  const ChunkPlace at = place_of(chunk, (job.cols + kChunk - 1) / kChunk);
+  const std::int64_t left = job.cols - at.col;
+  const int count = left < kChunk ? static_cast<int>(left) : kChunk;
+  const std::int64_t first = at.row * job.stride + at.col;
+  float value[kChunk];
+  load_chunk<From>(job.x, first, count, value);
   constexpr Element to = To == Codes::bf16 ? Element::bf16 : Element::f16;
   store_chunk<to>(job.codes, at.row * job.cols + at.col, count, value);
 }

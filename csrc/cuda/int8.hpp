@@ -64,33 +64,6 @@ VRAMKIT_ANYWHERE inline void store_element(void* out, Element type, std::int64_t
   }
 }
 
-// Eight elements from `first` on, of which `count` are there; the others are zero.
-template <Element E>
-VRAMKIT_ANYWHERE inline void load_chunk(const void* x, std::int64_t first, int count,
-                                        float (&value)[kChunk]) {
-  if constexpr (E == Element::f32) {
-    const auto* from = reinterpret_cast<const std::uint8_t*>(static_cast<const float*>(x) + first);
-    std::uint8_t raw[4 * kChunk];
-    VRAMKIT_UNROLLED
-    for (int half = 0; half < 2; ++half) {
-      const int rest = count - 4 * half;
-      load_bytes<16>(from + 16 * half, rest >= 4 ? 16 : (rest > 0 ? 4 * rest : 0), raw + 16 * half);
-    }
-    memcpy(value, raw, sizeof(raw));
-  } else {
-    const auto* from =
-        reinterpret_cast<const std::uint8_t*>(static_cast<const std::uint16_t*>(x) + first);
-    std::uint8_t raw[2 * kChunk];
-    load_bytes<2 * kChunk>(from, 2 * count, raw);
-    std::uint16_t half[kChunk];
-    memcpy(half, raw, sizeof(raw));
-    VRAMKIT_UNROLLED
-    for (int i = 0; i < kChunk; ++i) {
-      value[i] = E == Element::bf16 ? bf16_to_float(half[i]) : half_to_float(half[i]);
-    }
-  }
-}
-
 VRAMKIT_ANYWHERE inline int elements_in(std::int64_t at, std::int64_t cols) {
   const std::int64_t left = cols - at;
   return left >= kChunk ? kChunk : (left > 0 ? static_cast<int>(left) : 0);

@@ -1,6 +1,6 @@
 // The encoders' kernels as functions of the host, as launch.hpp's are.
 #pragma once
-#include "cuda/quantize.hpp"
+#include "cuda/quantize_plan.hpp"
 
 namespace vramkit::cuda {
 

@@ -7,10 +7,10 @@ True
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from . import _operators as _operators
+from ._lazy import lazy
 from .convert import ConversionReport, convert, restore, set_weight
 from .errors import (
     BudgetError,
@@ -99,18 +99,7 @@ _LAZY = {
 _MODULES = ("chatterbox", "heartmula", "hunyuan3d", "qwen_image")
 
 
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return import_module(f".{name}", __name__)
-    if name not in _LAZY:
-        raise AttributeError(f"module 'vramkit' has no attribute {name!r}")
-    value = getattr(import_module(f".{_LAZY[name]}", __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(_LAZY))
+__getattr__, __dir__ = lazy(__name__, _LAZY, _MODULES)
 
 
 __all__ = [

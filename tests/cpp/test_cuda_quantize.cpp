@@ -15,7 +15,7 @@
 #include "core/stochastic.hpp"
 #include "cpu/kernels.hpp"
 #include "cpu/stochastic.hpp"
-#include "cuda/quantize.hpp"
+#include "cuda/quantize_plan.hpp"
 #include "emulated_team.hpp"
 #include "kernel_cases.hpp"
 
@@ -31,19 +31,6 @@ using cuda::Element;
 using cuda::QuantizeJob;
 using cuda::QuantizeKernel;
 using cuda::QuantizePlan;
-
-cuda::Coder coder_of(const Format& format) {
-  switch (format.encoder) {
-    case Encoder::midpoint:
-      return format.bits == 4 ? cuda::Coder::table4 : cuda::Coder::table8;
-    case Encoder::e4m3:
-      return cuda::Coder::e4m3;
-    case Encoder::e5m2:
-      return cuda::Coder::e5m2;
-    default:
-      return cuda::Coder::integer8;
-  }
-}
 
 cuda::SortedCodes sorted_on_device(const std::vector<float>& table) {
   cuda::SortedCodes sorted;
@@ -114,7 +101,7 @@ void emulate(const QuantizeJob& job, DType type) {
 }
 
 QuantizeJob job_of(const Format& format, const Matrix& m, const Layout& at, Encoded& to,
-                   const cuda::SortedCodes& sorted) {
+                   const cuda::SortedCodes* sorted) {
   QuantizeJob job;
   job.x = m.bytes.data();
   job.rows = m.rows;
@@ -126,8 +113,8 @@ QuantizeJob job_of(const Format& format, const Matrix& m, const Layout& at, Enco
   job.codes = to.codes.data();
   job.scales = to.scales.data();
   job.extra = to.extra.data();
-  job.sorted = format.encoder == Encoder::midpoint ? &sorted : nullptr;
-  job.coder = coder_of(format);
+  job.sorted = format.encoder == Encoder::midpoint ? sorted : nullptr;
+  job.coder = cuda::coder_of(format);
   job.searched = format.encoder == Encoder::searched;
   job.zero_point = format.zero_point;
   return job;
@@ -158,7 +145,7 @@ TEST(CudaQuantize, EveryFormatHasTheReferencesBits) {
         const std::int64_t offset = static_cast<std::int64_t>(random() % 2) * 3;
         Encoded want(format, rows, cols, offset), got(format, rows, cols, offset);
         cpu::encode(cpu::reference_kernels(), format, sorted, m, want, 0, rows);
-        const QuantizeJob job = job_of(format, m, got.at, got, on_device);
+        const QuantizeJob job = job_of(format, m, got.at, got, &on_device);
         used[static_cast<std::size_t>(cuda::plan_of(job).kernel)]++;
         emulate(job, type);
         expect_same(want, got,
@@ -183,7 +170,7 @@ TEST(CudaQuantize, LongRowsAreReadAgain) {
       cpu::write(m.bytes.data(), DType::bf16, 2 * cols - 1, -3.0f);
       Encoded want(format, 2, cols, 0), got(format, 2, cols, 0);
       cpu::encode(cpu::reference_kernels(), format, {}, m, want, 0, 2);
-      emulate(job_of(format, m, got.at, got, {}), DType::bf16);
+      emulate(job_of(format, m, got.at, got, nullptr), DType::bf16);
       expect_same(want, got, std::string(name) + " " + std::to_string(cols));
     }
   }
@@ -348,7 +335,7 @@ TEST(Stochastic, CudaHasTheCpusBits) {
         Encoded want(format, 5, cols, 0), got(format, 5, cols, 0);
         cpu::quantize_stochastic(format, want.at, m.bytes.data(), type, m.stride,
                                  {want.codes.data(), want.scales.data(), nullptr}, seed, 0, 5);
-        QuantizeJob job = job_of(format, m, got.at, got, {});
+        QuantizeJob job = job_of(format, m, got.at, got, nullptr);
         job.searched = false;
         job.seed = seed;
         emulate<true>(job, type);

@@ -13,19 +13,6 @@ namespace {
 
 namespace ts = torch::stable;
 
-cuda::Coder coder_of(const Format& format) {
-  switch (format.encoder) {
-    case Encoder::midpoint:
-      return format.bits == 4 ? cuda::Coder::table4 : cuda::Coder::table8;
-    case Encoder::e4m3:
-      return cuda::Coder::e4m3;
-    case Encoder::e5m2:
-      return cuda::Coder::e5m2;
-    default:
-      return cuda::Coder::integer8;
-  }
-}
-
 Tensor sorted_workspace(const Tensor& x) {
   return ts::new_empty(x, {static_cast<std::int64_t>(sizeof(cuda::SortedCodes))}, ScalarType::Byte);
 }
@@ -49,7 +36,7 @@ cuda::QuantizeJob job_of(const Format& format, const Tensor& x) {
   job.rows = x.size(0);
   job.cols = x.size(1);
   job.stride = x.stride(0);
-  job.coder = coder_of(format);
+  job.coder = cuda::coder_of(format);
   job.searched = format.encoder == Encoder::searched;
   job.zero_point = format.zero_point;
   if (format.row_separable(job.cols)) {

@@ -7,6 +7,7 @@ behaves like a GPU and whose memory is the host's.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import mmap
 import os
@@ -111,7 +112,7 @@ class _NoRange:
 _NO_RANGE = _NoRange()
 
 
-class SeparateDevice(HostDevice):
+class SeparateDevice(HostDevice, abc.ABC):
     """A device with memory of its own: what has nothing to do with whose it is."""
 
     apart = True
@@ -121,42 +122,42 @@ class SeparateDevice(HostDevice):
         self._before: float | None = None
         self._others = 0
 
+    @abc.abstractmethod
     def pin(self, mapping: mmap.mmap) -> object:
         """Register memory of the host for copies; it is so for as long as the result lives."""
-        raise NotImplementedError
 
     def host_room(self) -> int:
         """Bytes of blocks that may wait in memory of the host."""
         found = available_memory()
         return 0 if found is None else int(found * PINNED_PART)
 
+    @abc.abstractmethod
     def target(self) -> str:
         """As `vramkit.estimate` takes it."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def allocated(self) -> int:
         """Bytes that tensors in torch's allocator have."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def reserved(self) -> int:
         """Bytes that torch's allocator has taken."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def total(self) -> int:
         """Bytes of the device."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def fraction(self) -> float:
         """The part of the device that torch's allocator may take."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def set_fraction(self, fraction: float) -> None:
         """Another part."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def capture(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
         """What the function returns, in memory that stays; and what computes it there again."""
-        raise NotImplementedError
 
     def take(self, values: Any) -> Any:
         """Tensors of the host as the device's. Those of no dimension are numbers to operators."""
