@@ -124,7 +124,7 @@ fi
 
 pytest=("$python" -m pytest -q -p no:cacheprovider --no-header)
 if wants python; then
-  for file in tests/python/test_{cuda*,offload_cuda,engine,int8,recurrent_int8,stochastic,fp8_*}.py; do
+  for file in tests/python/test_{cuda*,offload_cuda*,offload_graphs,engine,int8,recurrent_int8,stochastic,fp8_*}.py; do
     [ -e "$file" ] || continue
     name=$(basename "$file" .py)
     # A rehearsal may be on a machine that is slow, and others' too.

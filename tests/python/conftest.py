@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from stand_in import fake as fake
+from stand_in import where as where
 
 RunPython = Callable[..., "subprocess.CompletedProcess[str]"]
 

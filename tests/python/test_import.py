@@ -1,4 +1,7 @@
-"""`import vramkit` is light: fast, without heavy modules, without touching a device."""
+"""`import vramkit` is light: without heavy modules, without touching a device.
+
+How long it takes is measured by `python -m benchmarks imports`.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ HEAVY = ["transformers", "matplotlib", "torch._dynamo", "sympy", "rich", "tqdm",
          "uvicorn", "prometheus_client"]  # fmt: skip
 
 SCRIPT = """
-import json, sys, time
+import json, sys
 import torch
 before = set(sys.modules)
 made = []
@@ -23,26 +26,22 @@ if "torch._subclasses.fake_tensor" in sys.modules:
         made.append(1)
         plain(self, *args, **kwargs)
     mode.__init__ = count
-start = time.perf_counter()
 import vramkit
-seconds = time.perf_counter() - start
-print(json.dumps({"seconds": seconds, "new": sorted(set(sys.modules) - before),
+print(json.dumps({"new": sorted(set(sys.modules) - before),
                   "fake_modes": len(made), "cuda": torch.cuda.is_initialized(),
                   "threads": __import__("threading").active_count()}))
 """
 
 
 def test_import_is_light(run_python: RunPython) -> None:
-    runs = [json.loads(run_python(SCRIPT).stdout) for _ in range(5)]
-    for run in runs:
-        new = run["new"]
-        assert "vramkit" in new
-        loaded = [m for m in new if any(m == h or m.startswith(h + ".") for h in HEAVY)]
-        assert loaded == []
-        assert run["fake_modes"] == 0
-        assert run["cuda"] is False
-        assert run["threads"] == 1
-    assert min(run["seconds"] for run in runs) <= 0.120
+    found = json.loads(run_python(SCRIPT).stdout)
+    new = found["new"]
+    assert "vramkit" in new
+    loaded = [m for m in new if any(m == h or m.startswith(h + ".") for h in HEAVY)]
+    assert loaded == []
+    assert found["fake_modes"] == 0
+    assert found["cuda"] is False
+    assert found["threads"] == 1
 
 
 def test_lazy_names_resolve(run_python: RunPython) -> None:
