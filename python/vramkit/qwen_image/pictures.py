@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 import os
 import time
@@ -16,12 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..media_quality import psnr, ssim
 from ..report.html import page, table, write_text
+from ..report.media import picture
 from ..sizes import format_size
 from .wrapper import QwenImage
-
-_WINDOW = 11  # of SSIM, with a Gaussian of 1.5 pixels (Wang et al. 2004)
-_SIGMA = 1.5
 
 
 @dataclass(frozen=True)
@@ -29,7 +26,8 @@ class ModeImage:
     """One mode's image and what it took.
 
     `relative_l2` is in percent of the reference's, `psnr` in dB (infinite where images agree),
-    `ssim` at most 1; `weights_bytes` as stored, `seconds` of one call.
+    `ssim` at most 1; where an image holds NaN or infinity they are infinity, minus infinity and 0.
+    `weights_bytes` as stored, `seconds` of one call.
     """
 
     mode: str
@@ -92,8 +90,8 @@ class ModeComparison:
         for one in self.images:
             apart = ((one.image - reference) * 10 + 0.5).clamp(0, 1)
             figures.append(
-                f"<figure>{_picture(one.image, one.mode)}"
-                f"{_picture(apart, f'{one.mode}: difference, ten times')}"
+                f"<figure>{picture(one.image, one.mode)}"
+                f"{picture(apart, f'{one.mode}: difference, ten times')}"
                 f"<figcaption>{escape(one.mode)}; below, its difference from "
                 f"{escape(self.images[0].mode)}, ten times enlarged</figcaption></figure>"
             )
@@ -144,6 +142,8 @@ def compare_modes(
         session = getattr(pipe.pipeline, "vramkit_session", None)
         there = total if session is None else int(session.device_bytes)
         reference = found.images[0].image if found.images else image
+        # What is not finite must not pass a check by comparing with NaN.
+        finite = bool(torch.isfinite(image).all() and torch.isfinite(reference).all())
         found.images.append(
             ModeImage(
                 name,
@@ -152,8 +152,8 @@ def compare_modes(
                 there,
                 seconds,
                 100 * relative_l2(reference, image),
-                psnr(reference, image),
-                ssim(reference, image),
+                psnr(reference, image, data_range=1.0) if finite else -math.inf,
+                ssim(reference, image, data_range=1.0) if finite else 0.0,
             )
         )
         pipe.disable_vram_management()
@@ -167,32 +167,6 @@ def relative_l2(reference: Tensor, image: Tensor) -> float:
     size = reference.detach().double().norm()
     value = float(apart / size) if size else float("inf" if apart else 0)
     return value if math.isfinite(value) else math.inf
-
-
-def psnr(reference: Tensor, image: Tensor) -> float:
-    """Peak signal to noise ratio in dB of images from 0 to 1."""
-    error = float((image - reference).double().square().mean())
-    return math.inf if error == 0 else -10 * math.log10(error)
-
-
-def ssim(reference: Tensor, image: Tensor) -> float:
-    """Mean structural similarity (Wang et al. 2004) of [3, height, width] images from 0 to 1.
-
-    With the paper's window of 11 (or the image's side, where that is less) and constants.
-    """
-    side = min(_WINDOW, reference.shape[-1], reference.shape[-2])
-    at = torch.arange(side, dtype=torch.float64) - (side - 1) / 2
-    line = torch.exp(-(at**2) / (2 * _SIGMA**2))
-    window = (line[:, None] * line[None, :] / line.sum() ** 2)[None, None]
-    a, b = (x.double().reshape(-1, 1, *x.shape[-2:]) for x in (reference, image))
-    convolve = torch.nn.functional.conv2d
-    mean_a, mean_b = convolve(a, window), convolve(b, window)
-    var_a = convolve(a * a, window) - mean_a**2
-    var_b = convolve(b * b, window) - mean_b**2
-    both = convolve(a * b, window) - mean_a * mean_b
-    c1, c2 = 0.01**2, 0.03**2
-    found = (2 * mean_a * mean_b + c1) * (2 * both + c2)
-    return float((found / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).mean())
 
 
 def _tensor(result: Any) -> Tensor:
@@ -215,13 +189,3 @@ def _tensor(result: Any) -> Tensor:
     if image.dim() != 3 or image.shape[0] != 3:
         raise ValueError(f"expected an image of [3, height, width], got {list(image.shape)}")
     return image
-
-
-def _picture(image: Tensor, label: str) -> str:
-    from PIL import Image
-
-    raw = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous()
-    buffer = io.BytesIO()
-    Image.fromarray(raw.numpy()).save(buffer, "PNG")
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="{escape(label)}" src="data:image/png;base64,{data}">'
