@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.table import Table
 
+from .cli_common import Output, entry_point, is_entry_point, parse_inputs, reported
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from .cli import Output
     from .media_quality import ImageComparison, SoundComparison
     from .quality import Comparison
     from .weight_comparison import WeightComparison
@@ -72,9 +73,7 @@ def compare(
     weights are compared tensor by tensor. With --inputs or --batch both are run, one after the
     other, and their outputs are compared too.
     """
-    from .cli import _reported
-
-    with _reported(json_path) as output:
+    with reported(json_path) as output:
         from .media_files import kind_of
 
         kinds = kind_of(first), kind_of(second)
@@ -231,8 +230,6 @@ class _Batches:
     """The inputs that both models are run on: from files, or random ones of given shapes."""
 
     def __init__(self, inputs: tuple[str, ...], paths: tuple[str, ...], seed: int) -> None:
-        from .cli import parse_inputs
-
         self.shapes, self.paths, self.seed = parse_inputs(inputs), paths, seed
         self.notes: list[str] = []
         self._made: list[Any] | None = None
@@ -299,7 +296,6 @@ def _models(
     worst: int,
     report: str | None,
 ) -> dict[str, Any]:
-    from .cli import _is_entry_point, entry_point
     from .weight_comparison import compare_weights
 
     if per_layer and not batches:
@@ -308,7 +304,7 @@ def _models(
     for label in labels:
         if batches and build is None and Path(label).is_file():
             raise ValueError(f"{label} holds weights only: say what model they are with --factory")
-    sources = [entry_point(label)() if _is_entry_point(label) else label for label in labels]
+    sources = [entry_point(label)() if is_entry_point(label) else label for label in labels]
     weights = compare_weights(sources[0], sources[1])
     _print_weights(output, weights, worst)
     data: dict[str, Any] = weights.to_dict() | {"kind": "model"}

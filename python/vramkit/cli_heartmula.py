@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from .cli_common import reported
+
 
 @click.command()
 @click.option("--model_path", "--model-path", required=True, help="The folder of the checkpoints.")
@@ -25,7 +27,6 @@ def heartmula(
     json_path: str | None,
 ) -> None:
     """Quantize HeartMuLa's language model to files, and benchmark it."""
-    from .cli import reported
     from .optimize_fp8 import lines, run
 
     with reported(json_path) as output:

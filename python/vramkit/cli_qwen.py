@@ -7,6 +7,8 @@ from typing import Any
 import click
 from rich.table import Table
 
+from .cli_common import reported
+
 
 @click.command("qwen-image")
 @click.option(
@@ -23,9 +25,7 @@ def qwen_image(
     vram_gb: str | None, mode: str | None, separate_lora: bool, json_path: str | None
 ) -> None:
     """Modes of the published Qwen-Image: bytes of weights, and which fits a card."""
-    from .cli import _reported
-
-    with _reported(json_path) as output:
+    with reported(json_path) as output:
         rows = mode_rows()
         if mode is not None:
             from .qwen_image import Mode

@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from .cli_common import reported
+
 
 @click.group()
 def serve() -> None:
@@ -41,9 +43,7 @@ def chatterbox(
     Settings come from the environment and a .env file. SIGTERM and Ctrl-C let what is running end
     first.
     """
-    from .cli import _reported
-
-    with _reported(json_path) as output:
+    with reported(json_path) as output:
         try:
             import uvicorn
 

@@ -14,7 +14,8 @@ import torch
 import vramkit
 from click.testing import CliRunner
 from torch import nn
-from vramkit.cli import EXIT_BUDGET, EXIT_ERROR, main, parse_inputs
+from vramkit.cli import main
+from vramkit.cli_common import EXIT_BUDGET, EXIT_ERROR, parse_inputs
 from vramkit.demo import SENTENCES
 
 FACTORY = """

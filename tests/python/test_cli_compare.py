@@ -17,7 +17,8 @@ from click.testing import CliRunner
 from numerics import FLOAT64_SUM
 from safetensors.torch import save_file
 from torch import nn
-from vramkit.cli import EXIT_ERROR, main
+from vramkit.cli import main
+from vramkit.cli_common import EXIT_ERROR
 from vramkit.weight_comparison import compare_weights
 
 FACTORY = """

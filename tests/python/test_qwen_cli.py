@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 
 from click.testing import CliRunner
-from vramkit.cli import EXIT_BUDGET, EXIT_ERROR, main
+from vramkit.cli import main
+from vramkit.cli_common import EXIT_BUDGET, EXIT_ERROR
 from vramkit.qwen_image import recommend
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from vramkit.cli import EXIT_ERROR, main
+from vramkit.cli import main
+from vramkit.cli_common import EXIT_ERROR
 from vramkit.serve import engines
 from vramkit.serve.engines import FormantEngine, make_engine
 from vramkit.serve.settings import ChatterboxSettings, SettingsError, read_settings
