@@ -8,6 +8,7 @@ the package `chatterbox-tts` except `load`; any object with these parts will do.
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -267,15 +268,24 @@ def load(
     device: str = "auto",
     s3gen_dtype: str = "float32",
 ) -> tuple[Any, ChatterboxReport]:
-    """Chatterbox from a folder (or by its own download), converted on the CPU, then moved.
+    """Chatterbox from a folder (or by its own download), each tensor converted as it is read.
 
-    The device never holds more than the converted bytes. Needs the package `chatterbox-tts`;
-    ImportError says so. Returns the `ChatterboxTTS` and what it holds.
+    Host memory stays under the converted bytes (where `device` is the CPU; else under little), two
+    of the largest tensors and about 100 MB, and the device's under the converted bytes. Where the
+    installed version of `chatterbox-tts` has other parts than are known here, upstream's own
+    loading is used, which holds the whole model in float32 first: a RuntimeWarning says so.
+
+    Returns the `ChatterboxTTS` and what it holds. Raises ImportError without `chatterbox-tts`,
+    ValueError for names that are not known, FileNotFoundError for a folder or file that is not
+    there, and CheckpointError for files that are unsound or belong to another version.
     """
     place = resolve_device(device)
-    effective_dtype(dtype, place, int8=int8)
+    chosen = effective_dtype(dtype, place, int8=int8)
+    if s3gen_dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {s3gen_dtype!r} of s3gen: use {', '.join(DTYPES)}")
     try:
-        upstream = importlib.import_module("chatterbox.tts").ChatterboxTTS
+        module = importlib.import_module("chatterbox.tts")
+        upstream = module.ChatterboxTTS
     except ImportError as error:
         raise ImportError(
             f"chatterbox-tts cannot be imported ({error}): pip install chatterbox-tts, or use the "
@@ -283,8 +293,32 @@ def load(
         ) from error
     if path is not None and not Path(path).is_dir():
         raise FileNotFoundError(f"no folder with Chatterbox's weights at {path}")
-    if path is None:
-        tts = upstream.from_pretrained("cpu")
-    else:
-        tts = upstream.from_local(path, "cpu")
-    return tts, prepare(tts, int8=int8, dtype=dtype, device=place, s3gen_dtype=s3gen_dtype)
+    from .chatterbox_loading import can_stream, downloaded, stream
+
+    if not can_stream(module):
+        warnings.warn(
+            "this version of chatterbox-tts has other parts than are known here: it loads itself, "
+            "in float32 as a whole, and is converted then",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        tts = upstream.from_pretrained("cpu") if path is None else upstream.from_local(path, "cpu")
+        return tts, prepare(tts, int8=int8, dtype=dtype, device=place, s3gen_dtype=s3gen_dtype)
+    dtypes = {"t3": chosen, "s3gen": DTYPES[s3gen_dtype], "ve": torch.float32}
+    tts, conversions, sizes = stream(
+        module,
+        downloaded(module) if path is None else path,
+        place,
+        dtypes,
+        lambda name, net: list(_layers(net, LAYERS)) if int8 and name in QUANTIZED else [],
+    )
+    report = ChatterboxReport("int8" if int8 else "none", dtype, _dtype_name(chosen), place)
+    report.conversions = conversions
+    for name in COMPONENTS:
+        label = _dtype_name(dtypes[name])
+        if name in conversions:
+            label = PrecisionMode.INT8_DYNAMIC.value
+        made = ComponentReport(name, label, _bytes(getattr(tts, name)), sizes[name])
+        report.components.append(made)
+    _cast_conditions(tts.t3)
+    return tts, report

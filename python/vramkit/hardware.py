@@ -6,7 +6,10 @@ Importing this touches neither torch.cuda nor a driver; calling its functions ma
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
+from collections.abc import Iterator, Mapping
+from enum import Enum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .capabilities import of_device
@@ -160,28 +163,124 @@ def run_with_precision(
         return _call(loaded, x, compute_dtype(mode, device), device)
 
 
-def calculate_quality_difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    """How far `b` is from the reference `a`, in percent: 100 ‖a - b‖ / ‖a‖, in double precision.
+def calculate_quality_difference(a: Any, b: Any) -> float:
+    """How far the output `b` is from the reference `a`, in percent: 100 ‖a - b‖ / ‖a‖.
+
+    Both are what models return: tensors, arrays and numbers, in tuples, lists, mappings and
+    dataclasses of one structure, or other objects, of which the tensors count. The norms are over
+    all values together, in double precision.
 
     Infinity if either holds NaN or infinity, or if only the reference is all zeros. Raises
-    ValueError for different shapes.
+    ValueError, which names the place, for different shapes, keys or lengths, for a leaf that is
+    something else and differs (a text, None), and where there is no value at all; TypeError for
+    different kinds and for an object that holds no tensor.
 
     >>> calculate_quality_difference(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 4.5]))
     10.0
+    >>> calculate_quality_difference({"x": (torch.tensor(3.0), 4.0)}, {"x": (torch.tensor(3.0), 4)})
+    0.0
     """
     import torch
 
-    if a.shape != b.shape:
-        raise ValueError(f"the tensors' shapes differ: {tuple(a.shape)} and {tuple(b.shape)}")
-    if not (bool(torch.isfinite(a).all()) and bool(torch.isfinite(b).all())):
+    error = scale = 0.0
+    count = 0
+    for path, x, y in _leaf_pairs(a, b, "", set()):
+        count += 1
+        if x.shape != y.shape:
+            raise ValueError(f"the shapes{_at(path)} differ: {tuple(x.shape)} and {tuple(y.shape)}")
+        wide = torch.complex128 if x.is_complex() or y.is_complex() else torch.float64
+        reference = x.detach().to("cpu", wide)
+        other = y.detach().to("cpu", wide)
+        error = math.hypot(error, torch.linalg.vector_norm(reference - other).item())
+        scale = math.hypot(scale, torch.linalg.vector_norm(reference).item())
+    if not count:
+        raise ValueError("there is nothing to compare: neither output holds a tensor or a number")
+    if not math.isfinite(error) or not math.isfinite(scale):
         return math.inf
-    wide = torch.complex128 if a.is_complex() or b.is_complex() else torch.float64
-    reference = a.detach().to("cpu", wide)
-    error = torch.linalg.vector_norm(reference - b.detach().to("cpu", wide)).item()
-    scale = torch.linalg.vector_norm(reference).item()
     if scale == 0:
         return 0.0 if error == 0 else math.inf
-    return 100.0 * float(error) / float(scale)
+    return 100.0 * error / scale
+
+
+def _at(path: str) -> str:
+    return f" at {path}" if path else ""
+
+
+def _leaf_pairs(
+    a: Any, b: Any, path: str, inside: set[int]
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """(place, value of a, value of b) of all values of two outputs of one structure."""
+    first, second = _as_tensor(a), _as_tensor(b)
+    if first is not None and second is not None:
+        yield path, first, second
+        return
+    fields = _fields(a), _fields(b)
+    if first is not None or second is not None or (fields[0] is None) != (fields[1] is None):
+        kinds = f"{type(a).__name__} and {type(b).__name__}"
+        raise TypeError(f"the outputs{_at(path)} are of different kinds: {kinds}")
+    if fields[0] is None or fields[1] is None:
+        if type(a) is not type(b) or a != b:
+            raise ValueError(f"the outputs{_at(path)} differ: {a!r} and {b!r}")
+        return
+    if id(a) in inside:
+        return  # an object that leads back to itself
+    inside.add(id(a))
+    lost = [key for key in (*fields[0], *fields[1]) if key not in fields[0] or key not in fields[1]]
+    if lost:
+        raise ValueError(
+            f"the outputs{_at(path)} differ in structure: {lost[0]!r} is in one of them "
+            f"({len(fields[0])} and {len(fields[1])} entries)"
+        )
+    plain = _is_plain_object(a)
+    found = 0
+    for key, value in fields[0].items():
+        below = f"{path}.{key}" if path else str(key)
+        other = fields[1][key]
+        if plain and _fields(value) is None and not _is_tensor(value):
+            continue  # a setting, not an output
+        for pair in _leaf_pairs(value, other, below, inside):
+            found += 1
+            yield pair
+    inside.discard(id(a))
+    if plain and not found and not path:
+        raise TypeError(f"cannot compare objects of type {type(a).__name__}: they hold no tensor")
+
+
+def _is_tensor(value: Any) -> bool:
+    import torch
+
+    return isinstance(value, torch.Tensor) or type(value).__module__ == "numpy"
+
+
+def _as_tensor(value: Any) -> torch.Tensor | None:
+    """A value as a tensor: tensors, numpy's arrays and numbers, Python's numbers."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return value
+    if _is_tensor(value):
+        return torch.as_tensor(value)
+    if isinstance(value, (int, float, complex)) and not isinstance(value, (bool, Enum)):
+        wide = torch.complex128 if isinstance(value, complex) else torch.float64
+        return torch.as_tensor(value, dtype=wide)
+    return None
+
+
+def _is_plain_object(value: Any) -> bool:
+    return not (isinstance(value, (Mapping, list, tuple)) or dataclasses.is_dataclass(value))
+
+
+def _fields(value: Any) -> dict[Any, Any] | None:
+    """What an output consists of, by name or index; None for a leaf."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, (list, tuple)):
+        return dict(enumerate(value))
+    if isinstance(value, (type, Enum)) or callable(value):
+        return None
+    if dataclasses.is_dataclass(value):
+        return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    return dict(vars(value)) if hasattr(value, "__dict__") else None
 
 
 def _manager(manager: VRAMEfficientModelManager | None) -> VRAMEfficientModelManager:

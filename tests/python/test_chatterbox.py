@@ -8,12 +8,13 @@ import importlib.util
 import sys
 import types
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
 import vramkit
 from numerics import FP16_NETWORK, INT8_DYNAMIC_NETWORK
+from safetensors.torch import load_file, save_file
 from torch import nn
 from vramkit.chatterbox import (
     effective_dtype,
@@ -198,37 +199,191 @@ def test_devices() -> None:
         resolve_device("cuda:99")
 
 
+class S3Gen(nn.Module):
+    """Of S3Gen's kinds of tensors: a weight norm, kept and other buffers, a plain tensor."""
+
+    ignore_state_dict_missing = ("tokenizer.window",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokenizer = nn.Module()
+        self.tokenizer.register_buffer("window", torch.hann_window(12))
+        self.norm = nn.BatchNorm1d(8)
+        self.conv = nn.utils.parametrizations.weight_norm(nn.Conv1d(8, 8, 3))
+        self.linear = nn.Linear(8, 8)
+        self.register_buffer("fade", torch.linspace(0, 1, 7), persistent=False)
+        self.table = torch.arange(5.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(self.norm(self.conv(x)).mean(-1))
+
+
+class Conditionals:
+    """Upstream's builtin voice."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def to(self, device: Any) -> Conditionals:
+        self.tensor = self.tensor.to(device)
+        return self
+
+    @classmethod
+    def load(cls, path: Path, map_location: Any = "cpu") -> Conditionals:
+        return cls(torch.load(path, map_location=map_location, weights_only=True))
+
+
+class EnTokenizer:
+    def __init__(self, path: str) -> None:
+        self.text = Path(path).read_text()
+
+
 class Upstream:
-    """Stands where `chatterbox.tts.ChatterboxTTS` does."""
+    """Stands where `chatterbox.tts.ChatterboxTTS` does; loads as that does."""
 
-    asked: ClassVar[list[tuple[Any, ...]]] = []
-
-    @classmethod
-    def from_local(cls, path: Any, device: str) -> Chatterbox:
-        cls.asked.append((path, device))
-        return Chatterbox()
+    def __init__(self, t3: Any, s3gen: Any, ve: Any, tokenizer: Any, device: str,
+                 conds: Any = None) -> None:  # fmt: skip
+        self.t3, self.s3gen, self.ve = t3, s3gen, ve
+        self.tokenizer, self.device, self.conds = tokenizer, device, conds
 
     @classmethod
-    def from_pretrained(cls, device: str) -> Chatterbox:
-        cls.asked.append((device,))
-        return Chatterbox()
+    def from_local(cls, folder: Any, device: str) -> Upstream:
+        parts = []
+        for made, file in ((T3(), "t3_cfg"), (S3Gen(), "s3gen"), (VoiceEncoder(), "ve")):
+            state = load_file(folder / f"{file}.safetensors")
+            made.load_state_dict(state, strict=file != "s3gen")
+            parts.append(made.to(device).eval())
+        conds = Conditionals.load(folder / "conds.pt").to(device)
+        return cls(*parts, EnTokenizer(str(folder / "tokenizer.json")), device, conds)
 
 
-def test_loaded_on_the_cpu_and_converted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    module = types.ModuleType("chatterbox.tts")
-    module.ChatterboxTTS = Upstream  # type: ignore[attr-defined]
+@pytest.fixture
+def chatterbox_tts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """The module `chatterbox.tts`, whose files lie in `folder`; S3Gen's lack the window."""
+    module: Any = types.ModuleType("chatterbox.tts")
+    module.ChatterboxTTS, module.T3, module.S3Gen = Upstream, T3, S3Gen
+    module.VoiceEncoder, module.EnTokenizer = VoiceEncoder, EnTokenizer
+    module.Conditionals = Conditionals
     package = types.ModuleType("chatterbox")
     package.__path__ = []
     monkeypatch.setitem(sys.modules, "chatterbox", package)
     monkeypatch.setitem(sys.modules, "chatterbox.tts", module)
-    Upstream.asked.clear()
-    tts, report = load(tmp_path, int8=True)
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    for made, file in ((T3(), "t3_cfg"), (S3Gen(), "s3gen"), (VoiceEncoder(), "ve")):
+        if isinstance(made, S3Gen):
+            made.norm.running_mean.normal_()
+        state = {k: v for k, v in made.state_dict().items() if k != "tokenizer.window"}
+        save_file(state, folder / f"{file}.safetensors")
+    torch.save(torch.ones(3), folder / "conds.pt")
+    (folder / "tokenizer.json").write_text("tokens")
+    module.folder = folder
+    return module
+
+
+def all_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def same(first: nn.Module, second: nn.Module) -> bool:
+    a, b = all_tensors(first), all_tensors(second)
+    assert a.keys() == b.keys()
+    assert first.state_dict().keys() == second.state_dict().keys()
+    assert [t.requires_grad for t in a.values()] == [t.requires_grad for t in b.values()]
+    assert first.training == second.training is False
+    return all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"int8": True}, {"dtype": "float16"}, {"dtype": "bfloat16", "s3gen_dtype": "float16"}],
+)
+def test_streamed_is_what_upstream_loads_and_prepare_makes(
+    chatterbox_tts: Any, options: dict[str, Any]
+) -> None:
+    expected = Upstream.from_local(chatterbox_tts.folder, "cpu")
+    wanted = prepare(expected, device="cpu", **options)
+    tts, report = load(chatterbox_tts.folder, device="cpu", **options)
+    assert isinstance(tts, Upstream)
+    for name in ("t3", "s3gen", "ve"):
+        assert same(getattr(expected, name), getattr(tts, name))
+    assert isinstance(tts.t3.gru, QuantizedLayer) == options.get("int8", False)
+    assert report.to_dict() == wanted.to_dict()
+    assert {k: r.to_dict() for k, r in report.conversions.items()} == {
+        k: r.to_dict() for k, r in wanted.conversions.items()
+    }
+    assert torch.equal(tts.s3gen.table, torch.arange(5.0))
+    assert (tts.device, tts.tokenizer.text) == ("cpu", "tokens")
+    assert torch.equal(tts.conds.tensor, torch.ones(3))
+    cond = Conditions()
+    x = torch.rand(1, 8, 9).to(tts.s3gen.linear.weight.dtype)
+    with torch.inference_mode():
+        tokens = torch.arange(5)[None]
+        assert torch.equal(tts.t3(tokens, cond), expected.t3(tokens, cond))
+        assert torch.equal(tts.s3gen(x), expected.s3gen(x))
+
+
+def test_downloaded_by_upstreams_own_means(chatterbox_tts: Any) -> None:
+    asked = []
+
+    def download(repo_id: str, filename: str) -> str:
+        asked.append((repo_id, filename))
+        return str(chatterbox_tts.folder / filename)
+
+    chatterbox_tts.REPO_ID, chatterbox_tts.hf_hub_download = "ResembleAI/chatterbox", download
+    tts, _ = load(int8=True, device="cpu")
+    assert isinstance(tts.ve.lstm, QuantizedLayer)
+    assert {repo for repo, _ in asked} == {"ResembleAI/chatterbox"}
+    files = {"ve.safetensors", "t3_cfg.safetensors", "s3gen.safetensors", "tokenizer.json",
+             "conds.pt"}  # fmt: skip
+    assert {file for _, file in asked} == files
+
+
+def test_a_version_with_other_parts_loads_itself(chatterbox_tts: Any) -> None:
+    del chatterbox_tts.Conditionals
+    with pytest.warns(RuntimeWarning, match="loads itself"):
+        tts, report = load(chatterbox_tts.folder, int8=True, device="cpu")
     assert isinstance(tts.t3.gru, QuantizedLayer)
     assert report.quantization == "int8"
-    load()
-    assert Upstream.asked == [(tmp_path, "cpu"), ("cpu",)]
-    with pytest.raises(FileNotFoundError):
-        load(tmp_path / "nowhere")
+
+
+def test_files_that_do_not_fit(chatterbox_tts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = chatterbox_tts.folder
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        load(folder / "nowhere")
+    with pytest.raises(ValueError, match="of s3gen"):
+        load(folder, s3gen_dtype="int8")
+    read: list[Any] = []  # nothing is, before every file is known to fit
+    monkeypatch.setattr("vramkit.chatterbox_loading._read", lambda *args: read.append(args))
+    for file in ("ve.safetensors", "t3_cfg.safetensors", "s3gen.safetensors"):
+        stored, content = load_file(folder / file), (folder / file).read_bytes()
+        name = next(iter(stored))
+        lacking = {k: v for k, v in stored.items() if k != name}
+        save_file(lacking, folder / file)
+        with pytest.raises(vramkit.CheckpointError, match=f"lacks {name!r}"):
+            load(folder, device="cpu")
+        save_file(lacking | {name: torch.zeros(3)}, folder / file)
+        with pytest.raises(vramkit.CheckpointError, match="has shape"):
+            load(folder, device="cpu")
+        save_file(stored | {"another": torch.zeros(3)}, folder / file)
+        if file == "s3gen.safetensors":  # upstream reads it so
+            load(folder, device="cpu")
+            assert len(read) == 3
+        else:
+            with pytest.raises(vramkit.CheckpointError, match="holds 'another'"):
+                load(folder, device="cpu")
+            assert not read
+        (folder / file).write_bytes(content[:-1])
+        with pytest.raises(vramkit.CheckpointError):
+            load(folder, device="cpu")
+        (folder / file).unlink()
+        with pytest.raises(FileNotFoundError, match=file):
+            load(folder, device="cpu")
+        (folder / file).write_bytes(content)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json"):
+        load(folder, device="cpu")
+    assert len(read) == 3
 
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:

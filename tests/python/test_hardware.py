@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -175,3 +176,86 @@ def test_quality_difference():
     assert calculate_quality_difference(zero, a) == math.inf
     with pytest.raises(ValueError, match="shapes"):
         calculate_quality_difference(a, torch.ones(3))
+
+
+@dataclasses.dataclass
+class Output:
+    """As models return it."""
+
+    logits: torch.Tensor
+    hidden: tuple[torch.Tensor, ...]
+    loss: float | None = None
+
+
+class Cache:
+    """A plain object in an output, with a setting and a way back to itself."""
+
+    def __init__(self, keys: torch.Tensor) -> None:
+        self.layers = [keys]
+        self.length = 7
+        self.owner = self
+
+
+def test_quality_difference_of_what_models_return():
+    a, b = torch.randn(3, 4), torch.randn(2, 2, dtype=torch.float16)
+    c, d = a + 0.1 * torch.randn(3, 4), (b + 0.1).half()
+    error = math.sqrt(float((c - a).double().norm()) ** 2 + float((d.double() - b).norm()) ** 2)
+    expected = 100 * error / math.hypot(float(a.double().norm()), float(b.double().norm()))
+    for make in (
+        lambda x, y: (x, y),
+        lambda x, y: [x, [y]],
+        lambda x, y: {"x": x, "y": {"z": (y,)}, "name": "same", "none": None},
+        lambda x, y: Output(x, (y,)),
+        lambda x, y: {"logits": x.numpy(), "cache": Cache(y)},
+        lambda x, y: [x, *y.flatten().tolist()],
+    ):
+        found = calculate_quality_difference(make(a, b), make(c, d))
+        assert isinstance(found, float)
+        assert found == pytest.approx(expected, rel=1e-12)
+        assert calculate_quality_difference(make(a, b), make(a, b)) == 0.0
+    assert calculate_quality_difference(3.0, 3.3) == pytest.approx(10.0, rel=1e-12)
+    assert calculate_quality_difference((a, math.nan), (a, 1.0)) == math.inf
+    assert calculate_quality_difference(Cache(a), Cache(a)) == 0.0
+    z = torch.tensor([3 + 4j])
+    assert calculate_quality_difference([z], [z + 0.5j]) == pytest.approx(10.0)
+
+
+def test_quality_difference_of_a_transformers_output():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, vocab_size=64,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    tokens = torch.randint(64, (1, 9))
+    with torch.no_grad():
+        first, second = model(tokens), model(tokens)
+        assert first.past_key_values is not None
+        assert calculate_quality_difference(first, second) == 0.0
+        model.lm_head.weight += 0.01
+        assert 0 < calculate_quality_difference(first, model(tokens)) < 100
+        cache = [layer.keys for layer in first.past_key_values.layers]
+        cache[1].mul_(2)
+    assert calculate_quality_difference(first.past_key_values, second.past_key_values) > 10
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "error", "text"),
+    [
+        ((torch.ones(2),), (torch.ones(3),), ValueError, "shapes at 0 differ"),
+        ({"x": [torch.ones(2)]}, {"x": [torch.ones(2)] * 2}, ValueError, "at x differ in struc"),
+        ({"x": torch.ones(2)}, {"y": torch.ones(2)}, ValueError, "'x' is in one"),
+        (Output(torch.ones(2), ()), Output(torch.ones(2), (), 1.0), TypeError, "at loss"),
+        ([torch.ones(2)], torch.ones(2), TypeError, "list and Tensor"),
+        (torch.ones(2), None, TypeError, "Tensor and NoneType"),
+        ((torch.ones(2), "a"), (torch.ones(2), "b"), ValueError, "'a' and 'b'"),
+        ((torch.ones(2), None), (torch.ones(2), True), ValueError, "None and True"),
+        ((), (), ValueError, "nothing to compare"),
+        (None, None, ValueError, "nothing to compare"),
+        (object(), object(), ValueError, "differ"),
+        (SimpleNamespace(a=1), SimpleNamespace(a=1), TypeError, "no tensor"),
+    ],
+)
+def test_quality_difference_of_other_structures(a, b, error, text):
+    with pytest.raises(error, match=text):
+        calculate_quality_difference(a, b)
