@@ -23,6 +23,8 @@ from vramkit.qwen_image.modes import Mode, needed_bytes
 from vramkit.qwen_image.parts import bytes_of
 from vramkit.qwen_image.sizes import published_bytes
 
+from . import small_qwen
+
 DOCUMENTED = {  # the guide's table, in its GB
     "original": 24,
     "fp8": 14,
@@ -48,19 +50,7 @@ def run(folder: str | None = None) -> tuple[dict[str, Any], list[str]]:
 
 def published(missed: list[str]) -> list[dict[str, Any]]:
     """The guide's figure beside ours, by mode; checked against the real class."""
-    from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
-
-    with torch.device("meta"):
-        model = QwenImageTransformer2DModel(
-            in_channels=64,
-            out_channels=16,
-            num_layers=60,
-            attention_head_dim=128,
-            num_attention_heads=24,
-            joint_attention_dim=3584,
-            axes_dims_rope=(16, 56, 56),
-        ).to(torch.bfloat16)
-        vae = AutoencoderKLQwenImage().to(torch.bfloat16)
+    model, vae = small_qwen.published()
     plain = published_bytes()
     if (plain.transformer, plain.vae) != (bytes_of(model), bytes_of(vae)):
         missed.append("the sizes of the published model are not those of diffusers' classes")

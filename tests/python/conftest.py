@@ -12,6 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+# Small models and real ones that tests and benchmarks share are in `benchmarks`, which is no part
+# of the package.
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
 RunPython = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
