@@ -1,11 +1,18 @@
 """Chatterbox's shape, small and with random weights: plumbing and bytes, never quality.
 
 A plain object with the published parts: a Llama that writes speech tokens (`t3`), convolutions and
-attention that make sound of them (`s3gen`), an LSTM that knows voices (`ve`).
+attention that make sound of them (`s3gen`), an LSTM that knows voices (`ve`). And upstream's own
+classes of two of them.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib.machinery
+import importlib.util
+import sys
+import types
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -116,3 +123,43 @@ class SmallChatterbox:
         cond = Conditions(self.ve(mels).mean(0, keepdim=True))
         made: list[Any] = [self.t3(text, speech[:, : i + 1], cond) for i in range(steps)]
         return torch.stack(made, 1).float()
+
+
+@contextlib.contextmanager
+def published_networks() -> Iterator[Any]:
+    """Upstream's T3, T3Cond, T3Config, VoiceEncoder and `configs`, without its other imports.
+
+    Its own `__init__` imports everything down to a watermark; the two networks need torch,
+    transformers and einops alone. Raises ImportError where one of them is not installed.
+    """
+    spec = importlib.util.find_spec("chatterbox")
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError("chatterbox-tts is not installed: pip install --no-deps chatterbox-tts")
+    if importlib.util.find_spec("einops") is None:
+        raise ImportError("einops is not installed: pip install einops")
+    folder = spec.submodule_search_locations[0]
+    stand_ins = {}
+    for name, path in (("chatterbox", folder), ("chatterbox.models", f"{folder}/models")):
+        stand_ins[name] = types.ModuleType(name)
+        stand_ins[name].__path__ = [path]
+    if importlib.util.find_spec("librosa") is None:  # reads sounds: not part of the networks
+        stand_ins["librosa"] = types.ModuleType("librosa")
+        stand_ins["librosa"].__spec__ = importlib.machinery.ModuleSpec("librosa", None)
+    before = {name: sys.modules[name] for name in stand_ins if name in sys.modules}
+    sys.modules |= stand_ins
+    try:
+        from chatterbox.models.t3 import llama_configs, t3
+        from chatterbox.models.t3.modules.cond_enc import T3Cond
+        from chatterbox.models.voice_encoder.voice_encoder import VoiceEncoder as RealVoiceEncoder
+
+        yield types.SimpleNamespace(
+            T3=t3.T3,
+            T3Cond=T3Cond,
+            T3Config=t3.T3Config,
+            VoiceEncoder=RealVoiceEncoder,
+            configs=llama_configs,
+        )
+    finally:
+        for name in [n for n in sys.modules if n.startswith("chatterbox.") or n in stand_ins]:
+            del sys.modules[name]
+        sys.modules |= before
