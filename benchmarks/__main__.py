@@ -23,10 +23,12 @@ SUITES = {
     "estimate": "predicted against measured peaks on a frozen zoo, beside the peers",
     "offload": "offloaded models against copies, direct reads, the arithmetic and accelerate",
     "loading": "checkpoints warm and cold, against safetensors, copies and direct reads",
-    "systems": "Hunyuan3D-Part and HeartMuLa at true scale: bytes by mode beside their claims",
+    "systems": "the five systems: true scale beside claims, small scale by mode, under a limit",
     "interop": "bitsandbytes' operators on our kernels and on its own; memory of a QLoRA step",
     "serve": "the Chatterbox server under 50 clients: lost and mixed-up answers, latency, memory",
 }
+# Those that take a number of threads.
+THREADED = ("cpu", "conversion", "int8", "conv", "interop", "offload", "loading", "systems")
 
 
 def main() -> int:
@@ -40,7 +42,16 @@ def main() -> int:
             sub.add_argument("--size", type=int, default=4096)
         if name in ("cpu", "int8"):
             sub.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64, 512])
-        if name in ("cpu", "conversion", "int8", "conv", "interop", "offload", "loading"):
+        if name in (
+            "cpu",
+            "conversion",
+            "int8",
+            "conv",
+            "interop",
+            "offload",
+            "loading",
+            "systems",
+        ):
             sub.add_argument("--threads", type=int, default=2)
         if name in ("sensitivity", "frontier"):
             sub.add_argument("--models", nargs="+", metavar="MODEL", help="only these")
@@ -60,6 +71,9 @@ def main() -> int:
             sub.add_argument(
                 "--folder", help="on the disk to be measured; default: temporary files'"
             )
+        if name == "systems":
+            sub.add_argument("--systems", nargs="+", metavar="SYSTEM", help="only these")
+            sub.add_argument("--quick", action="store_true", help="tiny models, nothing trained")
         if name == "serve":
             sub.add_argument("--clients", type=int, default=50)
             sub.add_argument("--seconds", type=float, default=60.0, help="600 at most")

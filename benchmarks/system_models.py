@@ -27,7 +27,7 @@ class Part:
     note: str = ""
 
 
-def bytes_of(part: Part, mode: str) -> int:
+def bytes_of_part(part: Part, mode: str) -> int:
     """Exact bytes of a part's weights in a mode."""
     with torch.device("meta"):
         model = part.build()
@@ -93,3 +93,46 @@ def _block(dim: int, context: int, experts: int, skip: bool) -> nn.Module:
     else:
         parts["mlp"] = _mlp(dim)
     return nn.ModuleDict(parts)
+
+
+# --- Chatterbox --------------------------------------------------------------------------------
+
+CHATTERBOX_MODES = ("float32", "float16", "int8", "int8, S3Gen 16 bit")
+S3GEN = 263_933_767  # parameters of chatterbox-tts 0.1.7's class, which imports too much to be here
+
+
+class _Object:
+    """As `ChatterboxTTS`: a plain object of modules."""
+
+
+def chatterbox_bytes() -> dict[str, dict[str, int]]:
+    """Bytes by part and mode: T3 and the voice encoder are the real classes, S3Gen a count.
+
+    Raises ImportError without chatterbox-tts (and einops).
+    """
+    from vramkit.chatterbox import prepare
+
+    from .small_chatterbox import published_networks
+
+    options = dict(
+        zip(
+            CHATTERBOX_MODES,
+            (
+                {"dtype": "float32"},
+                {"dtype": "float16"},
+                {"int8": True},
+                {"int8": True, "s3gen_dtype": "float16"},
+            ),
+            strict=True,
+        )
+    )
+    found: dict[str, dict[str, int]] = {"T3": {}, "S3Gen": {}, "voice encoder": {}}
+    for mode, chosen in options.items():
+        tts = _Object()
+        with published_networks() as networks, torch.device("meta"):
+            tts.t3, tts.ve = networks.T3(), networks.VoiceEncoder()  # type: ignore[attr-defined]
+            tts.s3gen = nn.Linear(S3GEN, 1, bias=False)  # type: ignore[attr-defined]
+        components = prepare(tts, **chosen).components  # type: ignore[arg-type]
+        for label, component in zip(found, components, strict=True):
+            found[label][mode] = component.bytes
+    return found

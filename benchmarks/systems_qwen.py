@@ -2,8 +2,8 @@
 
 True scale is counted from the real classes on the meta device. Quality is measured on a transformer
 of the same class with 1.4 M parameters, trained here by flow matching on scikit-learn's digits
-(8 x 8 pixels, 16 patches, the digit as the text): random weights would say nothing. Streaming is
-timed on a larger one with random weights, whose limit is a quarter of it.
+(8 x 8 pixels, 16 patches, the digit as the text): random weights would say nothing. Parts of the
+suite `systems`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from typing import Any
 import torch
 import vramkit
 from torch import Tensor, nn
-from vramkit.qwen_image import QwenImage, compare_modes, measure_keep
+from vramkit.qwen_image import compare_modes, measure_keep
 from vramkit.qwen_image.keep import EMBEDDERS, KEEP, MODULATION, PROJECTIONS
 from vramkit.qwen_image.modes import Mode, needed_bytes
 from vramkit.qwen_image.parts import bytes_of
 from vramkit.qwen_image.sizes import published_bytes
+
+from . import small_qwen
 
 DOCUMENTED = {  # the guide's table, in its GB
     "original": 24,
@@ -34,33 +36,12 @@ TOKENS, TEXT, WIDTH = 16, 32, 96
 TEXT_TOKENS, SHAPES = 2, [(1, 4, 4)]
 STEPS, BATCH, SAMPLING = 400, 32, 10
 # What is promised of fp8 with the default list against the model as it is.
-FP8_ERROR, LOW_VRAM_TIMES = 0.10, 4
-
-
-def run(folder: str | None = None) -> tuple[dict[str, Any], list[str]]:
-    """All parts; (data, promises missed). `folder`: where the page with the pictures goes."""
-    missed: list[str] = []
-    data: dict[str, Any] = {"published": published(missed)}
-    data["streamed"] = streamed(missed)
-    data["digits"] = digits(missed, folder)
-    return data, missed
+FP8_ERROR = 0.10
 
 
 def published(missed: list[str]) -> list[dict[str, Any]]:
     """The guide's figure beside ours, by mode; checked against the real class."""
-    from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
-
-    with torch.device("meta"):
-        model = QwenImageTransformer2DModel(
-            in_channels=64,
-            out_channels=16,
-            num_layers=60,
-            attention_head_dim=128,
-            num_attention_heads=24,
-            joint_attention_dim=3584,
-            axes_dims_rope=(16, 56, 56),
-        ).to(torch.bfloat16)
-        vae = AutoencoderKLQwenImage().to(torch.bfloat16)
+    model, vae = small_qwen.published()
     plain = published_bytes()
     if (plain.transformer, plain.vae) != (bytes_of(model), bytes_of(vae)):
         missed.append("the sizes of the published model are not those of diffusers' classes")
@@ -85,79 +66,6 @@ def published(missed: list[str]) -> list[dict[str, Any]]:
                 f"{mode.value:<16}{modulation or '16 bit':<10}{sizes.transformer / 1e9:>8.2f}"
                 f"{row['weights_at_once_bytes'] / 1e9:>12.2f}{DOCUMENTED[mode.value]:>22}"
             )
-    return rows
-
-
-# A model of four times its limit
-
-
-class _Pipeline:
-    """What a pipeline has that matters here: a transformer, and a call that denoises."""
-
-    def __init__(self, transformer: nn.Module, text: int, tokens: int) -> None:
-        self.transformer, self._text, self._tokens = transformer, text, tokens
-
-    @torch.inference_mode()
-    def __call__(self, steps: int = 4) -> Tensor:
-        generator = torch.Generator().manual_seed(0)
-        latents = torch.randn(1, self._tokens, 64, generator=generator)
-        prompt = torch.randn(1, 16, self._text, generator=generator)
-        side = int(self._tokens**0.5)
-        for step in range(steps):
-            change = self.transformer(
-                hidden_states=latents,
-                timestep=torch.full((1,), 1 - step / steps),
-                encoder_hidden_states=prompt,
-                img_shapes=[[(1, side, side)]],
-                return_dict=False,
-            )[0]
-            latents = latents - change / steps
-        return latents
-
-
-def streamed(missed: list[str]) -> dict[str, Any]:
-    """58 M random parameters: bytes and seconds resident, in FP8, and within a quarter of that."""
-    from diffusers import QwenImageTransformer2DModel
-
-    def build() -> _Pipeline:
-        torch.manual_seed(0)
-        model = QwenImageTransformer2DModel(
-            in_channels=64,
-            out_channels=16,
-            num_layers=6,
-            attention_head_dim=64,
-            num_attention_heads=8,
-            joint_attention_dim=512,
-            axes_dims_rope=(16, 24, 24),
-        )
-        return _Pipeline(model.eval(), 512, 256)
-
-    rows: dict[str, Any] = {}
-    results = {}
-    for mode in ("original", "fp8", "low_vram"):
-        pipe = build()
-        limit = None
-        if mode == "low_vram":
-            limit = f"{rows['fp8']['weights_bytes'] // LOW_VRAM_TIMES} B"
-        wrapped = QwenImage(pipe, mode, vram_limit=limit, vram_buffer=0)
-        wrapped()
-        start = time.perf_counter()
-        results[mode] = wrapped()
-        seconds = time.perf_counter() - start
-        session = getattr(pipe, "vramkit_session", None)
-        rows[mode] = {
-            "weights_bytes": bytes_of(pipe.transformer),
-            "in_memory_bytes": bytes_of(pipe.transformer)
-            if session is None
-            else session.device_bytes,
-            "seconds": seconds,
-        }
-        wrapped.disable_vram_management()
-        print(mode, rows[mode])
-    if not torch.equal(results["fp8"], results["low_vram"]):
-        missed.append("low_vram differs from fp8")
-    if rows["low_vram"]["in_memory_bytes"] * LOW_VRAM_TIMES > rows["fp8"]["weights_bytes"]:
-        missed.append("low_vram has more than a quarter of the weights in memory")
     return rows
 
 
@@ -367,11 +275,3 @@ def digits(missed: list[str], folder: str | None) -> dict[str, Any]:
         "page_bytes": size,
         "vramkit": vramkit.__version__,
     }
-
-
-if __name__ == "__main__":
-    import sys
-
-    found, promises = run(*sys.argv[1:])
-    print("missed:", promises or "nothing")
-    sys.exit(bool(promises))

@@ -6,6 +6,7 @@ other strides, or where the first call left something in the model that later on
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -90,16 +91,39 @@ class DryRun:
         self.given: list[Tensor] = []
 
     def accept(self, inputs: Any) -> Any:
-        """Inputs as the run gets them: fake, except small integers whose values are known."""
+        """Inputs as the run gets them: fake, except small integers whose values are known.
+
+        Objects (caches, conditions) are copied with fakes in the place of their tensors: a forward
+        may change them, and what a trace does to them is not the call's doing.
+        """
 
         def take(value: Any) -> Any:
             if not isinstance(value, Tensor):
-                return value
+                return self._copied(value) if _has_state(value) else value
             made = self._fake_or_known(value)
             self.given.append(made)
             return made
 
         return torch.utils._pytree.tree_map(take, inputs)
+
+    def _copied(self, value: Any) -> Any:
+        from torch.overrides import TorchFunctionMode
+
+        make = self._fake_or_known
+
+        class Fakes(TorchFunctionMode):
+            def __torch_function__(
+                self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+            ) -> Any:
+                if func is not Tensor.__deepcopy__:
+                    return func(*args, **(kwargs or {}))
+                tensor, memo = args
+                if id(tensor) not in memo:
+                    memo[id(tensor)] = make(tensor)
+                return memo[id(tensor)]
+
+        with Fakes():
+            return copy.deepcopy(value)
 
     def _fake_or_known(self, value: Tensor) -> Tensor:
         known = value.device.type == "cpu" and not value.is_floating_point()
@@ -191,6 +215,13 @@ class DryRun:
             most = recording.assemble(wide, without).peak()
         unprobed = Unprobed(frozenset(kinds), tuple(unknown), least, most)
         return Findings(trace, kept, probes, ruled, unprobed, list(self.target.notes()))
+
+
+def _has_state(value: Any) -> bool:
+    """Whether a call may change an argument that is no tensor, and that can be copied."""
+    if isinstance(value, (nn.Module, type)) or callable(value):
+        return False
+    return hasattr(value, "__dict__")
 
 
 def fake_parameters(skeleton: nn.Module, fake: Any) -> None:

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -461,8 +461,22 @@ def _from_shape(value: Any, name: str, dtype: torch.dtype) -> Any:
     return torch.empty(checked_shape(shape, kind, name), dtype=kind, device="meta")
 
 
+class RealCall(NamedTuple):
+    """A call that is being made: a list of ints in it is one, and stands for no shape."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @classmethod
+    def of(cls, inputs: Any) -> RealCall:
+        """The same inputs, as `first_run.by_name` gives them: by name or by position."""
+        return cls((), dict(inputs)) if isinstance(inputs, Mapping) else cls(tuple(inputs), {})
+
+
 def call_arguments(inputs: Any, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """(args, kwargs) of one call; shapes become tensors without memory."""
+    if isinstance(inputs, RealCall):
+        return inputs.args, inputs.kwargs
     if isinstance(inputs, Mapping):
         return (), {k: _from_shape(v, k, dtype) for k, v in inputs.items()}
     if isinstance(inputs, Tensor) or _is_shape(inputs) or _is_typed(inputs) or _is_open(inputs):

@@ -14,6 +14,10 @@ import torch
 from stand_in import fake as fake
 from stand_in import where as where
 
+# Small models and real ones that tests and benchmarks share are in `benchmarks`, which is no part
+# of the package.
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
 RunPython = Callable[..., "subprocess.CompletedProcess[str]"]
 
 

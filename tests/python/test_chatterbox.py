@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import importlib.machinery
-import importlib.util
 import sys
 import types
 from pathlib import Path
@@ -25,6 +24,8 @@ from vramkit.chatterbox import (
 )
 from vramkit.layers import QuantizedLayer
 from vramkit.serve.formant_tts import FormantTTS
+
+from benchmarks.small_chatterbox import published_networks
 
 
 class Conditions:
@@ -406,35 +407,13 @@ def test_the_formant_engine_has_the_same_shape() -> None:
 
 @pytest.fixture(scope="module")
 def upstream() -> Any:
-    """Upstream's T3, T3Cond, VoiceEncoder, from the package without what it would import.
-
-    Its own `__init__` imports everything down to a watermark; the two networks need torch,
-    transformers and einops alone.
-    """
-    spec = importlib.util.find_spec("chatterbox")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("chatterbox-tts is not installed: pip install --no-deps chatterbox-tts")
-    pytest.importorskip("einops")
-    folder = spec.submodule_search_locations[0]
-    with pytest.MonkeyPatch.context() as patch:
-        for name, path in (("chatterbox", folder), ("chatterbox.models", f"{folder}/models")):
-            package = types.ModuleType(name)
-            package.__path__ = [path]
-            patch.setitem(sys.modules, name, package)
-        if importlib.util.find_spec("librosa") is None:  # reads sounds: not part of the networks
-            librosa = types.ModuleType("librosa")
-            librosa.__spec__ = importlib.machinery.ModuleSpec("librosa", None)
-            patch.setitem(sys.modules, "librosa", librosa)
-        from chatterbox.models.t3 import llama_configs, t3
-        from chatterbox.models.t3.modules.cond_enc import T3Cond
-        from chatterbox.models.voice_encoder.voice_encoder import VoiceEncoder as RealVoiceEncoder
-
-        yield types.SimpleNamespace(
-            T3=t3.T3, T3Cond=T3Cond, VoiceEncoder=RealVoiceEncoder, configs=llama_configs,
-            T3Config=t3.T3Config,
-        )  # fmt: skip
-        for name in [n for n in sys.modules if n.startswith("chatterbox.")]:
-            del sys.modules[name]
+    """Upstream's T3, T3Cond, VoiceEncoder, from the package without what it would import."""
+    with contextlib.ExitStack() as stack:
+        try:
+            networks = stack.enter_context(published_networks())
+        except ImportError as error:
+            pytest.skip(str(error))
+        yield networks
 
 
 @pytest.fixture

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from small_systems import P3Sam
 from torch import Tensor, nn
 from vramkit import measure
 from vramkit.chunking import chunk_axis, dominant_axis
 from vramkit.errors import BudgetError
+
+from benchmarks.small_hunyuan3d import P3Sam
 
 POINTS, PROMPTS = 400, 64
 SHAPES = {"points": (POINTS, 3), "prompts": (PROMPTS, 3)}

@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 import vramkit
-from small_systems import PartFormerPipeline, partformer
 from torch import nn
 from vramkit.errors import BudgetError, PrecisionConfigError, StaleHandleError
 from vramkit.lazy_partformer import LazyPartFormerPipeline
 from vramkit.lazy_pipeline import LazyPipeline, parse_dtype
 from vramkit.lazy_systems import LazyChatterbox, LazyP3SAM, LazyQwenImage
 from vramkit.model_objects import find_modules, tensors_of
+
+from benchmarks.small_hunyuan3d import PartFormerPipeline, partformer
 
 STEPS = {"num_inference_steps": 2}
 

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from small_systems import PartFormerPipeline, partformer
 from vramkit.cli import main as cli
 from vramkit.errors import StaleHandleError
 from vramkit.heartmula import write_small
 from vramkit.optimize_fp8 import main as optimize
+
+from benchmarks.small_hunyuan3d import PartFormerPipeline, partformer
 
 PAGES = Path(__file__).parents[2] / "docs" / "migration"
 

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 import vramkit
-from small_systems import Vae, partformer
 from torch import nn
 from vramkit.errors import PrunedModuleError
 from vramkit.model_objects import tensors_of
 from vramkit.pruning import never_called, prune
+
+from benchmarks.small_hunyuan3d import Vae, partformer
 
 STEPS = {"num_inference_steps": 2}
 

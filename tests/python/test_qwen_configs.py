@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 import vramkit
-from qwen_models import image_of, pipeline, transformer, vae
 from safetensors.torch import load_file, save_file
 from torch import nn
 from vramkit.errors import CheckpointError, NonFiniteWeightError
 from vramkit.layers import QuantizedLayer
 from vramkit.qwen_image import KEEP, ModelConfig, QwenImage, from_pretrained, load_model
+
+from benchmarks.small_qwen import image_of, pipeline, transformer, vae
 
 pytest.importorskip("diffusers")
 

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from qwen_models import image_of, lora_keys, pipeline, transformer
 from torch import nn
 from vramkit import qwen_image
 from vramkit.layers import QuantizedLayer
 from vramkit.qwen_image import ModelConfig, QwenImage, from_pretrained
 from vramkit.qwen_image.pictures import relative_l2
+
+from benchmarks.small_qwen import image_of, lora_keys, pipeline, transformer
 
 pytest.importorskip("diffusers")
 

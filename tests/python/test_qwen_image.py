@@ -11,7 +11,6 @@ import pytest
 import torch
 import vramkit
 from numerics import UNIT
-from qwen_models import SmallDiffSynth, image_of, lora_keys, pipeline, transformer
 from torch import nn
 from vramkit.errors import BudgetError
 from vramkit.layers import QuantizedLayer
@@ -27,6 +26,15 @@ from vramkit.qwen_image import (
 )
 from vramkit.qwen_image import enable_vram_management as manage
 from vramkit.qwen_image.pictures import relative_l2
+
+from benchmarks.small_qwen import (
+    SmallDiffSynth,
+    image_of,
+    lora_keys,
+    pipeline,
+    published,
+    transformer,
+)
 
 pytest.importorskip("diffusers")
 ATTENTION = ["transformer_blocks.0.attn.to_q", "transformer_blocks.1.attn.to_out.0"]
@@ -49,19 +57,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def test_sizes_are_those_of_the_published_model() -> None:
-    from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
-
-    with torch.device("meta"):
-        model = QwenImageTransformer2DModel(
-            in_channels=64,
-            out_channels=16,
-            num_layers=60,
-            attention_head_dim=128,
-            num_attention_heads=24,
-            joint_attention_dim=3584,
-            axes_dims_rope=(16, 56, 56),
-        ).to(torch.bfloat16)
-        vae = AutoencoderKLQwenImage().to(torch.bfloat16)
+    model, vae = published()
     assert sizes.published_bytes().transformer == parts.bytes_of(model)
     assert sizes.published_bytes().vae == parts.bytes_of(vae)
     assert sizes.published_bytes().block == parts.bytes_of(model.transformer_blocks[0])

@@ -9,11 +9,12 @@ import pytest
 import torch
 import vramkit
 from numerics import UNIT, stack_bound
-from qwen_models import lora_keys
 from safetensors.torch import save_file
 from torch import nn
 from vramkit.qwen_image import LoraStack, read_lora
 from vramkit.qwen_image.pictures import relative_l2
+
+from benchmarks.small_qwen import lora_keys
 
 LAYERS = ["blocks.0", "blocks.2"]
 CLOSE = stack_bound(64 + 4, 4)  # four layers of 64 columns, with rank 4 beside them

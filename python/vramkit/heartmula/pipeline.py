@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..bnb_config import is_config, read_config
 from ..convert import Progress
@@ -58,10 +58,15 @@ class HeartMuLaGenPipeline:
     """
 
     def __init__(
-        self, parts: LazyPipeline, tokenizer: Any, config: _GenConfig, kv_cache_bits: int
+        self,
+        parts: LazyPipeline,
+        tokenizer: Any,
+        config: _GenConfig,
+        kv_cache_bits: int,
+        lazy_load: bool = False,
     ) -> None:
         self._parts, self._tokenizer, self._config = parts, tokenizer, config
-        self._bits = kv_cache_bits
+        self._bits, self._lazy = kv_cache_bits, lazy_load
 
     @classmethod
     def from_pretrained(
@@ -137,7 +142,7 @@ class HeartMuLaGenPipeline:
             for part in _PARTS:
                 parts.load(part)
         tokenizer = _tokenizer(folder / "tokenizer.json")
-        return cls(parts, tokenizer, config, kv_cache_bits)
+        return cls(parts, tokenizer, config, kv_cache_bits, lazy_load)
 
     @property
     def mula(self) -> Any:
@@ -154,8 +159,31 @@ class HeartMuLaGenPipeline:
         """The lazy pipeline underneath: what is loaded, events, leases."""
         return self._parts
 
+    @property
+    def components(self) -> dict[str, nn.Module]:
+        """Both models themselves: what `vramkit.enable_vram_management(pipe, …)` offloads.
+
+        Raises ValueError with `lazy_load`, which loads each model anew for its turn.
+        """
+        if self._lazy:
+            raise ValueError(
+                "with lazy_load=True models come and go as a whole; make the pipeline without it, "
+                "and offload that one"
+            )
+        found = {}
+        for part in _PARTS:
+            with self._parts.lease(part) as model:
+                found[part] = model
+        return found
+
     def unload(self) -> int:
-        """Unload both models; returns the bytes really freed. The next call loads again."""
+        """Unload both models; returns the bytes really freed. The next call loads again.
+
+        Of a pipeline that is offloaded all weights come back to memory first.
+        """
+        session = getattr(self, "vramkit_session", None)
+        if session is not None:
+            session.disable()
         return self._parts.unload()
 
     def __call__(

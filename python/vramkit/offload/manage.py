@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .. import _core
 from ..convert import Progress
 from ..errors import BudgetError
-from ..estimator import estimate, weight_bytes
+from ..estimator import RealCall, estimate, weight_bytes
 from ..first_run import by_name
 from ..probing import cache_folder
 from ..sizes import format_size, parse_size
@@ -255,7 +255,7 @@ def at_first_call(model: nn.Module, begin: Callable[[Any], Any]) -> None:
                 if model.__dict__.get("forward") is lent:  # else another thread was faster
                     lent.end(for_good=False)
                     try:
-                        begin(by_name(model, args, kwargs))
+                        begin(RealCall.of(by_name(model, args, kwargs)))
                     except BaseException:
                         lent.begin()  # nothing runs whole unasked
                         raise

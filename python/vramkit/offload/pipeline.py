@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import BudgetError, VramkitError
+from ..estimator import RealCall
 from ..first_run import by_name
 from ..model_objects import find_modules
 from ..sizes import format_size, parse_size
@@ -186,7 +187,8 @@ class PipelineSession:
             with Uncompiled() as compiler:
                 with self.turns.lock:
                     if id(module) in self._armed:
-                        self._divide(name, path, module, by_name(module, args, kwargs))
+                        call = RealCall.of(by_name(module, args, kwargs))
+                        self._divide(name, path, module, call)
                 return compiler.again(module.forward, args, kwargs)
 
         return around

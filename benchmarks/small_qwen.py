@@ -1,4 +1,7 @@
-"""Small Qwen-Image pipelines with random weights: plumbing and bytes, never quality."""
+"""Qwen-Image's real classes: the published one on meta, and small ones with random weights.
+
+The small ones serve plumbing and bytes, never quality.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+def published() -> tuple[nn.Module, nn.Module]:
+    """The published transformer and VAE in bfloat16, on the meta device."""
+    from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
+
+    with torch.device("meta"):
+        model = QwenImageTransformer2DModel(
+            in_channels=64,
+            out_channels=16,
+            num_layers=60,
+            attention_head_dim=128,
+            num_attention_heads=24,
+            joint_attention_dim=3584,
+            axes_dims_rope=(16, 56, 56),
+        )
+        return model.to(torch.bfloat16), AutoencoderKLQwenImage().to(torch.bfloat16)
 
 
 def transformer(

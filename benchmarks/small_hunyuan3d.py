@@ -1,8 +1,7 @@
-"""Small models with the published structure of the systems, for tests: random weights."""
+"""P3-SAM and X-Part with the published structure, small, random weights: plumbing and bytes."""
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -103,9 +102,9 @@ class PartFormerDit(nn.Module):
 class Vae(nn.Module):
     """Encoder and decoder; a pipeline uses one of them."""
 
-    def __init__(self, dim: int = 64) -> None:
+    def __init__(self, dim: int = 64, context: int = 48) -> None:
         super().__init__()
-        self.encoder = nn.Sequential(nn.Linear(3, dim), nn.GELU(), nn.Linear(dim, 48))
+        self.encoder = nn.Sequential(nn.Linear(3, dim), nn.GELU(), nn.Linear(dim, context))
         self.decoder = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, 1))
 
     def encode(self, points: Tensor) -> Tensor:
@@ -118,20 +117,24 @@ class Vae(nn.Module):
 class Sonata(nn.Module):
     """Refuses what is not float32, as the real one's sparse convolutions would fail."""
 
-    def __init__(self, dim: int = 48) -> None:
+    def __init__(self, dim: int = 48, depth: int = 0) -> None:
         super().__init__()
         self.stem, self.body = nn.Linear(3, dim), nn.Linear(dim, dim)
+        self.blocks = nn.ModuleList(_mlp(dim) for _ in range(depth))
 
     def forward(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
         assert data["coord"].dtype == self.stem.weight.dtype == torch.float32
-        return {"feat": self.body(self.stem(data["coord"]).relu())}
+        features = self.body(self.stem(data["coord"]).relu())
+        for block in self.blocks:
+            features = features + block(features)
+        return {"feat": features}
 
 
 class Conditioner(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, dim: int = 64, context: int = 48) -> None:
         super().__init__()
-        self.geometry, self.part = Vae(), Vae()
-        self.sonata = Sonata()
+        self.geometry, self.part = Vae(dim, context), Vae(dim, context)
+        self.sonata = Sonata(context)
 
     def forward(self, points: Tensor) -> tuple[Tensor, Tensor]:
         return self.geometry.encode(points), self.sonata({"coord": points})["feat"]
@@ -140,9 +143,9 @@ class Conditioner(nn.Module):
 class P3Sam(nn.Module):
     """Masks of prompts: [points, prompts, dim] in the middle, which is what takes the memory."""
 
-    def __init__(self, dim: int = 32) -> None:
+    def __init__(self, dim: int = 32, depth: int = 0) -> None:
         super().__init__()
-        self.sonata = Sonata(dim)
+        self.sonata = Sonata(dim, depth)
         self.head = nn.Sequential(nn.Linear(2 * dim, 128), nn.GELU(), nn.Linear(128, 1))
 
     def forward(self, points: Tensor, prompts: Tensor) -> Tensor:
@@ -190,8 +193,9 @@ class BboxPredictor:
 class PartFormerPipeline:
     """A plain object with the published parts, arguments and results."""
 
-    def __init__(self) -> None:
-        self.vae, self.model, self.conditioner = Vae(), PartFormerDit(), Conditioner()
+    def __init__(self, dim: int = 64, depth: int = 5, context: int = 48) -> None:
+        self.vae, self.model = Vae(dim, context), PartFormerDit(dim, depth, context)
+        self.conditioner = Conditioner(dim, context)
         self.scheduler: dict[str, Any] = {"steps": 50}
         self.bbox_predictor = BboxPredictor(P3Sam())
 
@@ -215,18 +219,15 @@ class PartFormerPipeline:
         boxes = self.bbox_predictor(mesh)
         dtype = self.model.blocks[0].norm1.weight.dtype
         a, b = self.conditioner(mesh[None].to(dtype))
-        x = torch.randn(1, 6, 64, generator=made).to(dtype)
+        width = self.model.blocks[0].norm1.weight.shape[0]
+        x = torch.randn(1, 6, width, generator=made).to(dtype)
         for _ in range(num_inference_steps):
             x = x - self.model(x, a, b) / num_inference_steps
         return self.vae.decode(x), (boxes, boxes.clone(), x)
 
 
-def partformer(seed: int = 0) -> PartFormerPipeline:
+def partformer(seed: int = 0, **sizes: int) -> PartFormerPipeline:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        made = PartFormerPipeline()
+        made = PartFormerPipeline(**sizes)
     return made
-
-
-def clone(pipeline: PartFormerPipeline) -> PartFormerPipeline:
-    return copy.deepcopy(pipeline)
