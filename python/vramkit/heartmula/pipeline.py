@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from ..bnb_config import is_config, read_config
 from ..convert import Progress
 from ..lazy_pipeline import LazyPipeline, parse_dtype
 from .codec import FRAMES_PER_SECOND, HeartCodec
+from .config_file import config_fields
 from .loading import codec_factory, load_model, model_factory
 from .model import HeartMuLa
 from .sound import save_sound
@@ -277,8 +277,7 @@ def _checked(folder: Path, version: str) -> _GenConfig:
     for name in ("HeartCodec-oss", "tokenizer.json", "gen_config.json"):
         if not (folder / name).exists():
             raise FileNotFoundError(f"{folder} has no {name}")
-    data = json.loads((folder / "gen_config.json").read_text(encoding="utf-8"))
-    return _GenConfig(**{k: v for k, v in data.items() if k in _GenConfig.__dataclass_fields__})
+    return _GenConfig(**config_fields(folder / "gen_config.json", _GenConfig))
 
 
 def _tokenizer(path: Path) -> Any:
