@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,15 +52,29 @@ class _GenConfig:
     empty_id: int = 0
 
 
+class _Held:
+    """Models that stay: what a pipeline asks of a lazy one."""
+
+    def __init__(self, models: dict[str, Any]) -> None:
+        self.models = models
+
+    def load(self, part: str) -> Any:
+        return self.models[part]
+
+    def lease(self, part: str) -> AbstractContextManager[Any]:
+        return nullcontext(self.models[part])
+
+    def unload(self) -> int:
+        raise RuntimeError("these models belong to the lazy pipeline around them: unload that")
+
+
 class HeartMuLaGenPipeline:
     """Lyrics and tags to music. Made by `from_pretrained`; called with a dict.
 
     `mula` and `codec` are handles to the models (loaded when they are used, with `lazy_load`).
     """
 
-    def __init__(
-        self, parts: LazyPipeline, tokenizer: Any, config: _GenConfig, kv_cache_bits: int
-    ) -> None:
+    def __init__(self, parts: Any, tokenizer: Any, config: _GenConfig, kv_cache_bits: int) -> None:
         self._parts, self._tokenizer, self._config = parts, tokenizer, config
         self._bits = kv_cache_bits
 
@@ -152,11 +167,24 @@ class HeartMuLaGenPipeline:
     @property
     def parts(self) -> LazyPipeline:
         """The lazy pipeline underneath: what is loaded, events, leases."""
-        return self._parts
+        found: LazyPipeline = self._parts
+        return found
+
+    def in_one(self) -> HeartMuLaGenPipeline:
+        """The loaded models in a pipeline that holds them as they are, for one who manages it.
+
+        This one has no models then, and loads them again when it is used.
+        """
+        models = {}
+        for part in _PARTS:
+            with self._parts.lease(part) as model:
+                models[part] = model
+        self._parts.forget()
+        return type(self)(_Held(models), self._tokenizer, self._config, self._bits)
 
     def unload(self) -> int:
         """Unload both models; returns the bytes really freed. The next call loads again."""
-        return self._parts.unload()
+        return int(self._parts.unload())
 
     def __call__(
         self,
