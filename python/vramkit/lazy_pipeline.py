@@ -169,6 +169,11 @@ class LazyPipeline:
             )
         return freed
 
+    def forget(self) -> None:
+        """Let go of all parts, which stay in memory for whoever else refers to them."""
+        self._stop_timer()
+        self._manager.unload_all_models()
+
     def to(self, *targets: Any, device: Any = None, dtype: Any = None) -> LazyPipeline:
         """Set the device, the precision, or both, for loads to come; what is loaded is unloaded.
 
@@ -222,7 +227,8 @@ class LazyPipeline:
                     f"no part is called {name!r}; the parts are: {', '.join(self.parts)}"
                 )
             return self._manager.get(name)
-        found = getattr(self._manager.get(WHOLE), name)
+        with self._manager.lease(WHOLE):  # so that nothing is unloaded between the two
+            found = getattr(self._manager.get(WHOLE), name)
         return self._method(name) if isinstance(found, types.FunctionType) else found
 
     def _method(self, name: str) -> Callable[..., Any]:

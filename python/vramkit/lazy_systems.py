@@ -6,6 +6,7 @@ Each imports its package at the first use, or takes a `loader` in its place.
 from __future__ import annotations
 
 import importlib
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -61,9 +62,11 @@ class LazyHeartMuLa(LazyPipeline):
         path: The folder of the checkpoints.
         version: "3B" or "7B".
         bnb_config: A `BitsAndBytesConfig` for the language model. The codec stays float32.
-        loader: Makes the pipeline, in place of ours or heartlib's.
+        loader: Makes the pipeline, in place of ours.
         pipeline: Further arguments of `from_pretrained`.
-        options: As for `LazyPipeline`.
+        options: As for `LazyPipeline`. Without `loader`, `precision` and `device` are those of
+            `from_pretrained`, which converts tensor by tensor as it reads: a precision alone is the
+            language model's; by part: {"mula": "nf4", "codec": "bf16"}.
     """
 
     def __init__(
@@ -76,14 +79,35 @@ class LazyHeartMuLa(LazyPipeline):
         pipeline: dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        def load() -> Any:
+        owner = weakref.ref(self)
+
+        def load(device: Any = None) -> Any:
             from .heartmula import HeartMuLaGenPipeline
 
-            return HeartMuLaGenPipeline.from_pretrained(
-                path, version=version, bnb_config=bnb_config, **(pipeline or {})
-            )
+            asked = {"version": version, "bnb_config": bnb_config, **(pipeline or {})}
+            if device is not None:
+                asked.setdefault("device", device)
+            lazy = owner()
+            if lazy is not None and lazy._precision is not None:
+                asked.setdefault("precision", lazy._precision)
+            return HeartMuLaGenPipeline.from_pretrained(path, **asked).in_one()
 
+        self._converts = loader is None
         super().__init__(loader or load, **options)
+
+    def _preparer(self, name: str) -> Callable[..., object]:
+        if not self._converts:
+            return super()._preparer(name)
+        owner = weakref.ref(self)
+
+        def note(loaded: Any, _mode: Any, _device: Any) -> None:
+            from .parts import prepare
+
+            lazy = owner()
+            assert lazy is not None
+            lazy._prepared[name] = prepare(loaded, islands=())
+
+        return note
 
 
 class LazyQwenImage(LazyPipeline):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import wave
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 import torch
 import vramkit
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 from vramkit.cli import main as cli
 from vramkit.errors import BudgetError, PrecisionConfigError
 from vramkit.heartmula import (
@@ -318,6 +321,113 @@ def test_bad_input(folder: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=words):
             pipe(inputs, **{**SHORT, **options})
+
+
+def damaged(place: Path, how: str) -> Callable[[], None]:
+    """Damages a codec's folder; returns what repairs it."""
+    weights, config = place / "model.safetensors", place / "config.json"
+    kept = weights.read_bytes(), config.read_bytes()
+    state, data = load_file(weights), json.loads(kept[1])
+    name = next(key for key in state if key.endswith("weight"))
+    if how == "no weights":
+        weights.unlink()
+    elif how == "pickled":
+        weights.rename(place / "pytorch_model.bin")
+    elif how == "cut off":
+        weights.write_bytes(kept[0][:-1])
+    elif how == "no header":
+        weights.write_bytes(b"\xff" * 64)
+    elif how == "renamed key":
+        save_file({f"codec.{key}" if key == name else key: t for key, t in state.items()}, weights)
+    elif how == "missing key":
+        save_file({key: t for key, t in state.items() if key != name}, weights)
+    elif how == "wrong shape":
+        save_file(state | {name: torch.zeros(3)}, weights)
+    elif how == "missing shard":
+        index = {"weight_map": {name: "model-00002-of-00002.safetensors"}}
+        (place / "model.safetensors.index.json").write_text(json.dumps(index))
+    elif how == "no config":
+        config.unlink()
+    elif how == "config cut off":
+        config.write_bytes(kept[1][:-9])
+    else:
+        new = {
+            "a list": [data],
+            "other sizes": {**data, "dim": 32},
+            "a text": {**data, "dim": "16"},
+            "factors": {**data, "factors": [2.5]},
+        }[how]
+        config.write_text(json.dumps(new))
+
+    def repair() -> None:
+        for file in (place / "pytorch_model.bin", place / "model.safetensors.index.json"):
+            file.unlink(missing_ok=True)
+        weights.write_bytes(kept[0])
+        config.write_bytes(kept[1])
+
+    return repair
+
+
+@pytest.mark.parametrize(
+    ("how", "kind", "words"),
+    [
+        ("no weights", vramkit.CheckpointError, "HeartCodec-oss holds no safetensors file"),
+        ("pickled", vramkit.CheckpointError, "pickled checkpoints are not read"),
+        ("cut off", vramkit.CheckpointError, r"model\.safetensors"),
+        ("no header", vramkit.CheckpointError, r"model\.safetensors"),
+        ("renamed key", vramkit.CheckpointError, "lacks '.*weight'"),
+        ("missing key", vramkit.CheckpointError, "lacks '.*weight'"),
+        ("wrong shape", vramkit.CheckpointError, r"has shape \[3\]"),
+        ("missing shard", vramkit.CheckpointError, "which is missing"),
+        ("no config", FileNotFoundError, r"HeartCodec-oss.config\.json"),
+        ("config cut off", vramkit.CheckpointError, r"config\.json is no JSON"),
+        ("a list", vramkit.CheckpointError, "holds a list"),
+        ("other sizes", vramkit.CheckpointError, "has shape"),
+        ("a text", vramkit.CheckpointError, "'dim' is '16', expected type int"),
+        ("factors", vramkit.CheckpointError, "list of int"),
+    ],
+)
+def test_a_damaged_codec(
+    how: str, kind: type[Exception], words: str, folder: Path, tmp_path: Path
+) -> None:
+    """The error says what is wrong; the pipeline stays as it was, and works once repaired."""
+    place = Path(shutil.copytree(folder, tmp_path / "ckpt"))
+    pipe = load(place, lazy_load=True)
+    mula = pipe.mula
+    held = pipe.parts.loaded_parts()
+    before = sorted(p.name for p in (place / "HeartCodec-oss").iterdir())
+    repair = damaged(place / "HeartCodec-oss", how)
+    with pytest.raises(kind, match=words):
+        _ = pipe.codec
+    assert "codec" not in pipe.parts.loaded_parts()
+    with pytest.raises(kind, match=words):
+        load(place)
+    repair()
+    assert sorted(p.name for p in (place / "HeartCodec-oss").iterdir()) == before
+    codec = pipe.codec
+    assert pipe.parts.loaded_parts().keys() == {"codec"}
+    with pytest.raises(vramkit.StaleHandleError):
+        mula(torch.zeros(1, 1, BOOKS + 1, dtype=torch.int64))
+    assert codec.config.sample_rate == 600
+    assert pipe.unload() == sum(load(folder).parts.loaded_parts().values()) - held["mula"]
+
+
+def test_the_language_models_configuration(folder: Path, tmp_path: Path) -> None:
+    place = Path(shutil.copytree(folder, tmp_path / "ckpt"))
+    config = place / "HeartMuLa-oss-3B" / "config.json"
+    data = json.loads(config.read_text())
+    for new, words in (
+        ({**data, "backbone_flavor": "llama-9B"}, "unknown flavor 'llama-9B'"),
+        ({**data, "muq_dim": None}, "'muq_dim' is None"),
+        ({**data, "audio_num_codebooks": True}, "expected type int"),
+    ):
+        config.write_text(json.dumps(new))
+        with pytest.raises(vramkit.CheckpointError, match=words):
+            load(place)
+    config.write_text(json.dumps(data))
+    (place / "gen_config.json").write_text("[")
+    with pytest.raises(vramkit.CheckpointError, match=r"gen_config\.json is no JSON"):
+        load(place)
 
 
 def test_texts_from_files_and_sound_files(folder: Path, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ otherwise.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.parametrizations import weight_norm
+
+from .config_file import config_fields
 
 FRAMES_PER_SECOND = 12.5
 _LATENTS_PER_FRAME = 2
@@ -47,10 +48,7 @@ class CodecConfig:
     @classmethod
     def from_file(cls, path: Path) -> CodecConfig:
         """Read a `config.json`; keys that are not the model's are left alone."""
-        data = json.loads(path.read_text(encoding="utf-8"))
-        data.setdefault("factors", data.get("upsample_factors", (5, 4, 4, 4, 3)))
-        known = {key: value for key, value in data.items() if key in cls.__dataclass_fields__}
-        return cls(**{**known, "factors": tuple(known["factors"])})
+        return cls(**config_fields(path, cls, {"factors": "upsample_factors"}))
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""

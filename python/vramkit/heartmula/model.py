@@ -6,7 +6,6 @@ they are used, so that they may be in any storage format, the raw parameter `aud
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from ..errors import CheckpointError
+from .config_file import config_fields
 
 
 @dataclass(frozen=True)
@@ -59,12 +61,12 @@ class HeartMuLaConfig:
     @classmethod
     def from_file(cls, path: Path) -> HeartMuLaConfig:
         """Read a `config.json`; keys that are not the model's are left alone."""
-        data = json.loads(path.read_text(encoding="utf-8"))
-        known = {key: value for key, value in data.items() if key in cls.__dataclass_fields__}
-        made = cls(**known)
+        made = cls(**config_fields(path, cls))
         for flavor in (made.backbone_flavor, made.decoder_flavor):
             if flavor not in FLAVORS:
-                raise ValueError(f"{path}: unknown flavor {flavor!r}; known: {', '.join(FLAVORS)}")
+                raise CheckpointError(
+                    f"{path}: unknown flavor {flavor!r}; known: {', '.join(FLAVORS)}"
+                )
         return made
 
     def to_dict(self) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from ..bnb_config import is_config, read_config
 from ..convert import Progress
 from ..lazy_pipeline import LazyPipeline, parse_dtype
 from .codec import FRAMES_PER_SECOND, HeartCodec
+from .config_file import config_fields
 from .loading import codec_factory, load_model, model_factory
 from .model import HeartMuLa
 from .sound import save_sound
@@ -51,6 +52,22 @@ class _GenConfig:
     empty_id: int = 0
 
 
+class _Held:
+    """Models that stay: what a pipeline asks of a lazy one."""
+
+    def __init__(self, models: dict[str, Any]) -> None:
+        self.models = models
+
+    def load(self, part: str) -> Any:
+        return self.models[part]
+
+    def lease(self, part: str) -> AbstractContextManager[Any]:
+        return nullcontext(self.models[part])
+
+    def unload(self) -> int:
+        raise RuntimeError("these models belong to the lazy pipeline around them: unload that")
+
+
 class HeartMuLaGenPipeline:
     """Lyrics and tags to music. Made by `from_pretrained`; called with a dict.
 
@@ -59,7 +76,7 @@ class HeartMuLaGenPipeline:
 
     def __init__(
         self,
-        parts: LazyPipeline,
+        parts: Any,
         tokenizer: Any,
         config: _GenConfig,
         kv_cache_bits: int,
@@ -157,7 +174,20 @@ class HeartMuLaGenPipeline:
     @property
     def parts(self) -> LazyPipeline:
         """The lazy pipeline underneath: what is loaded, events, leases."""
-        return self._parts
+        found: LazyPipeline = self._parts
+        return found
+
+    def in_one(self) -> HeartMuLaGenPipeline:
+        """The loaded models in a pipeline that holds them as they are, for one who manages it.
+
+        This one has no models then, and loads them again when it is used.
+        """
+        models = {}
+        for part in _PARTS:
+            with self._parts.lease(part) as model:
+                models[part] = model
+        self._parts.forget()
+        return type(self)(_Held(models), self._tokenizer, self._config, self._bits)
 
     @property
     def components(self) -> dict[str, nn.Module]:
@@ -177,6 +207,7 @@ class HeartMuLaGenPipeline:
         return found
 
     def unload(self) -> int:
+<<<<<<< HEAD
         """Unload both models; returns the bytes really freed. The next call loads again.
 
         Of a pipeline that is offloaded all weights come back to memory first.
@@ -185,6 +216,10 @@ class HeartMuLaGenPipeline:
         if session is not None:
             session.disable()
         return self._parts.unload()
+=======
+        """Unload both models; returns the bytes really freed. The next call loads again."""
+        return int(self._parts.unload())
+>>>>>>> compare
 
     def __call__(
         self,
@@ -305,8 +340,7 @@ def _checked(folder: Path, version: str) -> _GenConfig:
     for name in ("HeartCodec-oss", "tokenizer.json", "gen_config.json"):
         if not (folder / name).exists():
             raise FileNotFoundError(f"{folder} has no {name}")
-    data = json.loads((folder / "gen_config.json").read_text(encoding="utf-8"))
-    return _GenConfig(**{k: v for k, v in data.items() if k in _GenConfig.__dataclass_fields__})
+    return _GenConfig(**config_fields(folder / "gen_config.json", _GenConfig))
 
 
 def _tokenizer(path: Path) -> Any:
