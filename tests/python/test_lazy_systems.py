@@ -16,14 +16,15 @@ from typing import Any
 import pytest
 import torch
 import vramkit
-from qwen_models import embeddings, pipeline
-from small_systems import AutoMask, P3Sam
 from torch import nn
 from vramkit.errors import BudgetError, CheckpointError, StaleHandleError
 from vramkit.heartmula import write_small
 from vramkit.lazy_pipeline import LazyPipeline
 from vramkit.lazy_systems import LazyChatterbox, LazyHeartMuLa, LazyP3SAM, LazyQwenImage
 from vramkit.model_objects import tensors_of
+
+from benchmarks.small_hunyuan3d import AutoMask, P3Sam
+from benchmarks.small_qwen import embeddings, pipeline
 
 SONG = {"lyrics": "[verse]\nla la la", "tags": "pop,happy"}
 SHORT: dict[str, Any] = {"max_audio_length_ms": 160, "seed": 3, "codec_steps": 1, "cfg_scale": 1.0}

@@ -207,7 +207,6 @@ class HeartMuLaGenPipeline:
         return found
 
     def unload(self) -> int:
-<<<<<<< HEAD
         """Unload both models; returns the bytes really freed. The next call loads again.
 
         Of a pipeline that is offloaded all weights come back to memory first.
@@ -215,11 +214,7 @@ class HeartMuLaGenPipeline:
         session = getattr(self, "vramkit_session", None)
         if session is not None:
             session.disable()
-        return self._parts.unload()
-=======
-        """Unload both models; returns the bytes really freed. The next call loads again."""
         return int(self._parts.unload())
->>>>>>> compare
 
     def __call__(
         self,
