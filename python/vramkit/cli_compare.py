@@ -42,7 +42,13 @@ if TYPE_CHECKING:
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of random inputs.")
 @click.option("--per-layer", is_flag=True, help="Of models that are run: errors by layer too.")
-@click.option("--worst", type=int, default=10, show_default=True, help="Tensors to print.")
+@click.option(
+    "--worst",
+    type=click.IntRange(min=0),
+    default=10,
+    show_default=True,
+    help="Of models: how many tensors to print.",
+)
 @click.option(
     "--max-lag",
     type=float,

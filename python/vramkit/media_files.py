@@ -213,6 +213,8 @@ def kind_of(path: str | os.PathLike[str]) -> str:
     for mark, name in _SOUNDS.items():
         if head.startswith(mark):
             raise ValueError(f"{file} is {name}; decode it to WAV first: ffmpeg -i FILE OUT.wav")
+    if head[:4] == b"GGUF":
+        raise ValueError(f"{file} is GGUF, which is not read: compare what it was made from")
     if head[:2] == b"PK" or head[:2] == b"\x80\x02":
         raise ValueError(f"{file} is pickled, which is not read: save it as safetensors")
     return "image"

@@ -10,6 +10,7 @@ import wave
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import vramkit
@@ -225,14 +226,17 @@ def test_sounds_from_the_command_line(tmp_path: Path, monkeypatch: pytest.Monkey
     write_wav("e.wav", base[:1])
     assert "1 channels" in run("a.wav", "e.wav", code=EXIT_ERROR)["error"]
     write_wav("silent.wav", torch.zeros(2, 20000))
+    from scipy.io import wavfile
+
+    wavfile.write("nan.wav", 16000, np.full((20000, 2), np.nan, "f4"))
+    assert "NaN or infinity" in run("a.wav", "nan.wav", code=EXIT_ERROR)["error"]
+    assert "largest lag" in run("a.wav", "a.wav", "--max-lag", "-1", code=EXIT_ERROR)["error"]
     found = run("a.wav", "silent.wav", "--report", "page.html")
     assert (found["snr_db"], found["level_db"]) == (0.0, None)
 
 
 def test_images_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image = pytest.importorskip("PIL.Image")
-    import numpy as np
-
     monkeypatch.chdir(tmp_path)
     pixels = np.random.default_rng(0).integers(0, 250, (31, 47, 3), dtype="u1")
     image.fromarray(pixels).save("a.png")

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numerics import FLOAT64_SUM
 from vramkit.media_files import kind_of, read_image, read_wav, same_channels
 from vramkit.media_quality import (
@@ -277,6 +279,41 @@ def test_other_chunks_and_headers(tmp_path: Path) -> None:
         assert torch.equal(read_wav(file).samples, expected)
 
 
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    st.sampled_from([1, 3, 0xFFFE]),
+    st.sampled_from([8, 16, 24, 32, 64]),
+    st.integers(0, 3),
+    st.binary(max_size=40),
+    st.lists(st.tuples(st.integers(0, 80), st.integers(0, 255)), max_size=4),
+    st.integers(0, 90),
+)
+def test_damaged_wav_files_are_errors_or_sounds(
+    tmp_path_factory: pytest.TempPathFactory,
+    coding: int,
+    bits: int,
+    channels: int,
+    data: bytes,
+    changes: list[tuple[int, int]],
+    length: int,
+) -> None:
+    content = bytearray(chunks((b"fmt ", form(coding, channels, bits=bits)), (b"data", data)))
+    for place, value in changes:
+        if place < len(content):
+            content[place] = value
+    file = tmp_path_factory.getbasetemp() / "damaged.wav"
+    file.write_bytes(content[:length] if changes else content)
+    sound, said = None, ""
+    try:
+        sound = read_wav(file)
+    except ValueError as error:
+        said = str(error)
+    assert (sound is None) == ("damaged.wav" in said)
+    if sound is not None:
+        assert sound.samples.numel() > 0
+        assert sound.samples.dtype in (torch.float32, torch.float64)
+
+
 @pytest.mark.parametrize(
     ("content", "text"),
     [
@@ -438,7 +475,12 @@ def test_what_a_file_holds(tmp_path: Path) -> None:
     assert kind_of(tmp_path / "a.safetensors") == "model"
     with pytest.raises(FileNotFoundError, match="nothing at"):
         kind_of(tmp_path / "nothing.wav")
-    for head, text in ((b"", "empty"), (b"fLaC....", "FLAC"), (b"PK\3\4....", "pickled")):
+    for head, text in (
+        (b"", "empty"),
+        (b"fLaC....", "FLAC"),
+        (b"GGUF", "GGUF"),
+        (b"PK\3\4....", "pickled"),
+    ):
         (tmp_path / "b").write_bytes(head)
         with pytest.raises(ValueError, match=text):
             kind_of(tmp_path / "b")
