@@ -25,6 +25,7 @@ struct Simd {
   static F load(const void* p) { return _mm256_loadu_ps(static_cast<const float*>(p)); }
   static void store(void* p, F v) { _mm256_storeu_ps(static_cast<float*>(p), v); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static F sqrt(F a) { return _mm256_sqrt_ps(a); }
   static F min(F a, F b) { return _mm256_min_ps(a, b); }
   static F max(F a, F b) { return _mm256_max_ps(a, b); }
   static I max(I a, I b) { return (I)_mm256_max_epi32((__m256i)a, (__m256i)b); }
@@ -140,14 +141,17 @@ struct Simd {
 #include "cpu/int8_avx2.hpp"
 #include "cpu/int8_vector.hpp"
 #include "cpu/vector_kernels.hpp"
+#include "cpu/vector_multi.hpp"
 #include "cpu/vector_recurrent.hpp"
 // After the kernels that it falls back on.
 #include "cpu/nibbles_avx2.hpp"
 
 namespace vramkit::cpu {
 namespace {
-constexpr Kernels kernels{Simd::name,   quantize, dequantize, linear_avx2,
-                          int8_kernels, feedback, recur,      spin};
+constexpr Kernels kernels{
+    Simd::name,   quantize, dequantize, linear_avx2,
+    int8_kernels, feedback, recur,      {square_sum, scale_values, cast_values, adamw},
+    spin};
 }  // namespace
 const Kernels* avx2_kernels() { return &kernels; }
 }  // namespace vramkit::cpu

@@ -33,6 +33,7 @@ struct Simd {
   static F load(const void* p) { return _mm512_loadu_ps(p); }
   static void store(void* p, F v) { _mm512_storeu_ps(p, v); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F sqrt(F a) { return _mm512_sqrt_ps(a); }
   static F min(F a, F b) { return _mm512_min_ps(a, b); }
   static F max(F a, F b) { return _mm512_max_ps(a, b); }
   static I max(I a, I b) { return (I)_mm512_max_epi32((__m512i)a, (__m512i)b); }
@@ -127,14 +128,22 @@ struct Simd {
 // After what they are made of.
 #include "cpu/int8_vector.hpp"
 #include "cpu/vector_kernels.hpp"
+#include "cpu/vector_multi.hpp"
 #include "cpu/vector_recurrent.hpp"
 // After the kernels that they build on.
 #include "cpu/bf16_product.hpp"
 
 namespace vramkit::cpu {
 namespace {
-constexpr Kernels kernels{Simd::name, quantize, dequantize_avx512, linear_avx512, int8_kernels,
-                          feedback,   recur,    spin_avx512};
+constexpr Kernels kernels{Simd::name,
+                          quantize,
+                          dequantize_avx512,
+                          linear_avx512,
+                          int8_kernels,
+                          feedback,
+                          recur,
+                          {square_sum, scale_values, cast_values, adamw},
+                          spin_avx512};
 }  // namespace
 const Kernels* avx512_kernels() { return &kernels; }
 }  // namespace vramkit::cpu
