@@ -81,8 +81,6 @@ class AdamW(torch.optim.Optimizer):
             raise ValueError(f"masters is None, 'fp32' or 'compensated', not {masters!r}")
         if state_bits not in (32, 8):
             raise ValueError(f"state_bits is 32 or 8, not {state_bits}")
-        self.grad_scale: Tensor | None = None  # torch's GradScaler sets these two for a step
-        self.found_inf: Tensor | None = None
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -119,10 +117,13 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self.found_inf is not None and float(self.found_inf) != 0:
+        # torch's GradScaler sets these two for the length of a step.
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
+        if found_inf is not None and float(found_inf) != 0:
             return loss
-        if self.grad_scale is not None:
-            factor = factor / float(self.grad_scale)
+        if grad_scale is not None:
+            factor = factor / float(grad_scale)
         ready = [(group, self._ready(group)) for group in self.param_groups]
         for group, parameters in ready:
             if parameters:

@@ -226,8 +226,8 @@ def _step(optimizer: Any, gradients: Iterable[Tensor], norm: GradientNorm) -> No
         with contextlib.ExitStack() as stack:
             optimizer.grad_scale = torch.tensor(1.0 / norm.factor, device=device)
             optimizer.found_inf = torch.zeros((), device=device)
-            stack.callback(setattr, optimizer, "found_inf", None)
-            stack.callback(setattr, optimizer, "grad_scale", None)
+            stack.callback(delattr, optimizer, "found_inf")
+            stack.callback(delattr, optimizer, "grad_scale")
             optimizer.step()
         return
     scale_(gradients, norm.factor)

@@ -71,7 +71,9 @@ class MixedPrecisionWrapper(nn.Module):
                     "(model.float())"
                 )
         if model.training and mode is PrecisionMode.FP8:
-            raise ValueError("fp8 stores weights for inference: call model.eval(), or train in bf16")
+            raise ValueError(
+                "fp8 stores weights for inference: call model.eval(), or train in bf16"
+            )
         chosen = _islands(model, mode, calibration, islands)
         super().__init__()
         self.model = model
@@ -82,7 +84,7 @@ class MixedPrecisionWrapper(nn.Module):
         self._masters = masters
         self._cast = False
         self._hooks: list[Any] = []
-        self._register_load_state_dict_pre_hook(_with_prefix)
+        self.register_load_state_dict_pre_hook(_with_prefix)
         if mode is PrecisionMode.FP32:
             return
         if not model.training or masters == "compensated":
@@ -177,11 +179,11 @@ class MixedPrecisionWrapper(nn.Module):
             from ..convert import convert
 
             convert(self.model, "fp8", skip=[island.name for island in self.islands])
-        kept = {island.name for island in self.islands}
+        kept = tuple(f"{island.name}." for island in self.islands)
         tensors = [
             t
             for name, module in self.model.named_modules()
-            if name not in kept
+            if not f"{name}.".startswith(kept)
             for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))
             if t.is_floating_point() and t.dtype != self.dtype
         ]
@@ -254,6 +256,7 @@ def _islands(
 
 def _into_arena(tensors: list[Tensor], dtype: torch.dtype) -> None:
     """Make tensors views of one block of memory, in another dtype; what shares memory still does."""
+    tensors = list({id(t): t for t in tensors}.values())
     places: dict[tuple[Any, ...], Tensor] = {}
     end, starts = 0, {}
     for t in tensors:
@@ -302,9 +305,7 @@ def _floating(value: Any) -> Iterator[Tensor]:
             yield from _floating(one)
 
 
-def _with_prefix(
-    module: Any, state_dict: dict[str, Any], prefix: str, *_: Any
-) -> None:
+def _with_prefix(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Keys of the plain model, where the wrapper is a part of another module too."""
     for key in [k for k in state_dict if k.startswith(prefix)]:
         state_dict[f"{prefix}model.{key[len(prefix) :]}"] = state_dict.pop(key)
