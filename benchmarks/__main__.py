@@ -23,7 +23,9 @@ SUITES = {
     "estimate": "predicted against measured peaks on a frozen zoo, beside the peers",
     "offload": "offloaded models against copies, direct reads, the arithmetic and accelerate",
     "loading": "checkpoints warm and cold, against safetensors, copies and direct reads",
+    "systems": "Hunyuan3D-Part and HeartMuLa at true scale: bytes by mode beside their claims",
     "interop": "bitsandbytes' operators on our kernels and on its own; memory of a QLoRA step",
+    "serve": "the Chatterbox server under 50 clients: lost and mixed-up answers, latency, memory",
 }
 
 
@@ -58,6 +60,9 @@ def main() -> int:
             sub.add_argument(
                 "--folder", help="on the disk to be measured; default: temporary files'"
             )
+        if name == "serve":
+            sub.add_argument("--clients", type=int, default=50)
+            sub.add_argument("--seconds", type=float, default=60.0, help="600 at most")
     options = parser.parse_args()
     module = importlib.import_module(f".{options.suite}", __package__)
     result, missed = module.run(options)

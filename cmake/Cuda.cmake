@@ -101,5 +101,9 @@ endif()
 # (nvcc divides and takes roots correctly rounded, and keeps subnormals, unless asked not to).
 set(VRAMKIT_CUDA_OPTIONS -fmad=false --expt-relaxed-constexpr --compress-mode=size
                          -Xcompiler=-Wall,-Wextra,-ffp-contract=off)
+# For tools/cuda_report.py --log: what each kernel takes, in the build's output.
+if(NOT "$ENV{VRAMKIT_CUDA_REPORT}" STREQUAL "")
+  list(APPEND VRAMKIT_CUDA_OPTIONS -Xptxas=-v)
+endif()
 set(VRAMKIT_CUDA_FOUND TRUE)
 message(STATUS "CUDA ${CUDAToolkit_VERSION} for ${CMAKE_CUDA_ARCHITECTURES}")

@@ -77,6 +77,8 @@ void translate(std::exception_ptr thrown) {
     raise("CheckpointError", error);
   } catch (const FileChangedError& error) {
     raise("FileChangedError", error);
+  } catch (const DeviceMemoryError& error) {
+    raise("DeviceMemoryError", error, error.bytes());
   } catch (const OutOfMemoryError& error) {
     PyErr_SetString(PyExc_MemoryError, error.what());
   } catch (const SystemError& error) {

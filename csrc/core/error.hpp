@@ -67,6 +67,13 @@ class OutOfMemoryError : public Error {
   std::int64_t bytes_;
 };
 
+// The same of a device's memory, or of memory made ready for a device (Python:
+// vramkit.errors.DeviceMemoryError, a torch.OutOfMemoryError and a MemoryError).
+class DeviceMemoryError : public OutOfMemoryError {
+ public:
+  using OutOfMemoryError::OutOfMemoryError;
+};
+
 // A device that failed at something other than memory (Python: vramkit.VramkitError). `code` is the
 // device's own.
 class DeviceError : public Error {

@@ -1,6 +1,8 @@
-// Arithmetic of the encoders that every instruction-set unit shares, so that all of them write the
-// same bits. Everything here has internal linkage: each unit compiles its own copy under its own
-// flags. No operation may be contracted or reordered (the build passes -ffp-contract=off).
+// Arithmetic of the encoders that every instruction-set unit and the CUDA kernels share, so that
+// all of them write the same bits. Everything here has internal linkage: each unit compiles its own
+// copy under its own flags. No operation may be contracted or reordered (the build passes
+// -ffp-contract=off, and -fmad=false to nvcc). Loops of few rounds are unrolled on a GPU, where
+// what they index would lie in slow memory.
 #pragma once
 #include <algorithm>
 #include <cfloat>
@@ -8,12 +10,13 @@
 #include <cstdint>
 
 #include "core/half.hpp"
+#include "core/portable.hpp"
 
 namespace vramkit::cpu {
 namespace {
 
 // What multiplies x before rounding, for the group's absmax and the largest code value.
-[[maybe_unused]] inline float encode_factor(float absmax, float most) {
+[[maybe_unused]] VRAMKIT_ANYWHERE inline float encode_factor(float absmax, float most) {
   // bitsandbytes' own clamp: its codes for (nearly) empty blocks depend on it.
   if (most == 1.0f) return 1.0f / (absmax < 1e-38f ? 1e-38f : absmax);
   const float factor = most / (absmax < FLT_MIN ? FLT_MIN : absmax);
@@ -21,19 +24,19 @@ namespace {
 }
 
 // What divides by a stored scale. Where that is (nearly) zero all codes mean zero: take zero's.
-[[maybe_unused]] inline float inverse_scale(float scale) {
+[[maybe_unused]] VRAMKIT_ANYWHERE inline float inverse_scale(float scale) {
   return scale < FLT_MIN ? 0.0f : 1.0f / scale;
 }
 
 // What the searches for scales try. More of it gains little (docs/calibration.md).
 inline constexpr int kAffine4Steps = 14, kAffine4Refits = 3;
 inline constexpr float kAffine4Step = 0.03f;
-inline constexpr float kScale8Ratios[][4] = {{1.0f, 0.995f, 0.99f, 0.985f},
-                                             {0.98f, 0.975f, 1.005f, 1.01f}};
 
 // Nearest integer, ties to even, for |x| < 2^22: adding 1.5 * 2^23 leaves no fraction bits. Unlike
 // nearbyint, compilers vectorize it without giving up strict arithmetic.
-[[maybe_unused]] inline float round_even(float x) { return (x + 12582912.0f) - 12582912.0f; }
+[[maybe_unused]] VRAMKIT_ANYWHERE inline float round_even(float x) {
+  return (x + 12582912.0f) - 12582912.0f;
+}
 
 // Zero point and scale of one int4 group: value = (code - zero) * scale.
 struct Affine4 {
@@ -42,12 +45,12 @@ struct Affine4 {
   float factor = 0.0f;  // 1 / scale
 };
 
-[[maybe_unused]] inline float affine4_level(float x, float factor, float zero) {
+[[maybe_unused]] VRAMKIT_ANYWHERE inline float affine4_level(float x, float factor, float zero) {
   const float limited = std::min(std::max(x * factor, -512.0f), 512.0f);
   return std::min(std::max(round_even(limited) + zero, 0.0f), 15.0f);
 }
 
-[[maybe_unused]] inline std::uint32_t affine4_code(float x, const Affine4& fit) {
+[[maybe_unused]] VRAMKIT_ANYWHERE inline std::uint32_t affine4_code(float x, const Affine4& fit) {
   return static_cast<std::uint32_t>(affine4_level(x, fit.factor, static_cast<float>(fit.zero)));
 }
 
@@ -58,7 +61,7 @@ struct LevelGrid {
   float factor[C], low[C], high[C];
 };
 
-[[maybe_unused]] inline float level_of(float y, float low, float high) {
+[[maybe_unused]] VRAMKIT_ANYWHERE inline float level_of(float y, float low, float high) {
   return round_even(std::min(std::max(y, low), high));
 }
 
@@ -119,7 +122,7 @@ class LevelScorer {
 // the least-squares scale for its codes, and new codes under that scale. Scorer: LevelScorer, or
 // the same sums by other instructions.
 template <class Scorer>
-Affine4 search_affine4(float low, float high, const Scorer& scorer) {
+VRAMKIT_ANYWHERE Affine4 search_affine4(float low, float high, const Scorer& scorer) {
   constexpr int steps = kAffine4Steps;
   constexpr float step_size = kAffine4Step;
   constexpr float smallest = 5.9604645e-8f;  // float16's: it keeps tiny groups from losing theirs
@@ -138,6 +141,7 @@ Affine4 search_affine4(float low, float high, const Scorer& scorer) {
     if (!(scale > 0.0f) || std::isinf(scale)) return false;
     const float factor = 1.0f / scale;
     LevelGrid<3> grid;
+    VRAMKIT_UNROLLED
     for (int c = 0; c < 3; ++c) {
       const float zero = middle + static_cast<float>(c - 1);
       grid.factor[c] = factor;
@@ -147,7 +151,10 @@ Affine4 search_affine4(float low, float high, const Scorer& scorer) {
     float misses[3];
     scorer.misses(grid, misses);
     bool better = false;
-    for (const int c : {1, 0, 2}) {
+    constexpr int order[] = {1, 0, 2};
+    VRAMKIT_UNROLLED
+    for (int i = 0; i < 3; ++i) {
+      const int c = order[i];
       const float error = scale * scale * misses[c];
       if (grid.low[c] > 0.0f || grid.high[c] < 0.0f || (least >= 0.0f && error >= least)) continue;
       least = error;
@@ -176,7 +183,7 @@ struct Scale8 {
 // Minimizes the squared error of finite values with the largest magnitude `absmax`: scales around
 // the one that just holds it, then the least-squares scale for the best one's codes.
 template <class Scorer>
-Scale8 search_scale8(float absmax, const Scorer& scorer) {
+VRAMKIT_ANYWHERE Scale8 search_scale8(float absmax, const Scorer& scorer) {
   const Scale8 plain{.scale = absmax / 127.0f, .factor = encode_factor(absmax, 127.0f)};
   if (absmax < 1e-30f) return plain;  // zeros, or scales that have lost bits
   Scale8 best = plain;
@@ -184,6 +191,7 @@ Scale8 search_scale8(float absmax, const Scorer& scorer) {
   const auto attempt = [&]<int C>(const float(&ratios)[C]) {
     LevelGrid<C> grid;
     float scales[C], misses[C];
+    VRAMKIT_UNROLLED
     for (int c = 0; c < C; ++c) {
       scales[c] = plain.scale * ratios[c];
       grid.factor[c] = ratios[c] == 1.0f ? plain.factor : 1.0f / scales[c];
@@ -191,6 +199,7 @@ Scale8 search_scale8(float absmax, const Scorer& scorer) {
       grid.high[c] = 127.0f;
     }
     scorer.misses(grid, misses);
+    VRAMKIT_UNROLLED
     for (int c = 0; c < C; ++c) {
       const float error = ratios[c] * ratios[c] * misses[c];
       if (least >= 0.0f && error >= least) continue;
@@ -198,7 +207,8 @@ Scale8 search_scale8(float absmax, const Scorer& scorer) {
       best = {.scale = scales[c], .factor = grid.factor[c]};
     }
   };
-  for (const auto& ratios : kScale8Ratios) attempt(ratios);
+  attempt({1.0f, 0.995f, 0.99f, 0.985f});
+  attempt({0.98f, 0.975f, 1.005f, 1.01f});
   const float ratio = best.scale / plain.scale * scorer.refit({{best.factor}, {-127.0f}, {127.0f}});
   attempt({ratio});
   return best;

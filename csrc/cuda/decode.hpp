@@ -212,18 +212,15 @@ VRAMKIT_ANYWHERE inline void fill_tables(const DecodeJob& job, const NestedMap& 
   if (job.scale == ScaleType::nested) shared.nested[thread] = nested.value[thread];
 }
 
-template <Codes C, Element E>
-VRAMKIT_ANYWHERE inline void decode_chunk(const DecodeJob& job, const DecodeTables& shared,
-                                          std::int64_t chunk) {
-  const ChunkPlace at = place_of(chunk, (job.cols + kChunk - 1) / kChunk);
-  const std::int64_t row = job.first_row + at.row;
-  const std::int64_t left = job.cols - at.col;
-  const int count = left < kChunk ? static_cast<int>(left) : kChunk;
+// Columns [col, col + count) of one row, count being at most eight and col a multiple of it.
+template <Codes C>
+VRAMKIT_ANYWHERE inline void decode_values(const DecodeJob& job, const DecodeTables& shared,
+                                           std::int64_t row, std::int64_t col, int count,
+                                           float (&value)[kChunk]) {
   const std::uint8_t* codes = job.codes + row * job.row_code_bytes;
-  float value[kChunk];
   if constexpr (C == Codes::fp16 || C == Codes::bf16) {
     std::uint8_t raw[2 * kChunk];
-    load_bytes<2 * kChunk>(codes + 2 * at.col, 2 * count, raw);
+    load_bytes<2 * kChunk>(codes + 2 * col, 2 * count, raw);
     std::uint16_t half[kChunk];
     memcpy(half, raw, sizeof(raw));
     VRAMKIT_UNROLLED
@@ -234,9 +231,8 @@ VRAMKIT_ANYWHERE inline void decode_chunk(const DecodeJob& job, const DecodeTabl
     constexpr bool nibbles = C == Codes::table4 || C == Codes::affine4;
     constexpr int bytes = nibbles ? kChunk / 2 : kChunk;
     std::uint8_t raw[bytes];
-    load_bytes<bytes>(codes + (nibbles ? at.col / 2 : at.col), nibbles ? (count + 1) / 2 : count,
-                      raw);
-    const std::int64_t in_row = quotient(at.col, job.group);
+    load_bytes<bytes>(codes + (nibbles ? col / 2 : col), nibbles ? (count + 1) / 2 : count, raw);
+    const std::int64_t in_row = quotient(col, job.group);
     std::int64_t group = row * job.groups_per_row + in_row;
     std::int64_t next = (in_row + 1) * job.group;  // where the next group begins
     float scale = scale_at(job, shared, group);
@@ -244,7 +240,7 @@ VRAMKIT_ANYWHERE inline void decode_chunk(const DecodeJob& job, const DecodeTabl
     if constexpr (C == Codes::affine4) zero = job.extra[group];
     VRAMKIT_UNROLLED
     for (int i = 0; i < kChunk; ++i) {
-      if (i < count && at.col + i >= next) {
+      if (i < count && col + i >= next) {
         ++group;
         next += job.group;
         scale = scale_at(job, shared, group);
@@ -262,6 +258,16 @@ VRAMKIT_ANYWHERE inline void decode_chunk(const DecodeJob& job, const DecodeTabl
       value[i] = product_of(plain, scale);
     }
   }
+}
+
+template <Codes C, Element E>
+VRAMKIT_ANYWHERE inline void decode_chunk(const DecodeJob& job, const DecodeTables& shared,
+                                          std::int64_t chunk) {
+  const ChunkPlace at = place_of(chunk, (job.cols + kChunk - 1) / kChunk);
+  const std::int64_t left = job.cols - at.col;
+  const int count = left < kChunk ? static_cast<int>(left) : kChunk;
+  float value[kChunk];
+  decode_values<C>(job, shared, job.first_row + at.row, at.col, count, value);
   store_chunk<E>(job.out, at.row * job.out_stride + at.col, count, value);
 }
 

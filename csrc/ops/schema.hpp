@@ -1,6 +1,6 @@
 // Schemas of all operators, in one place. Implementations: ops.cpp, blockwise.cpp, conv.cpp,
-// int8.cpp (CPU), and python/vramkit/_operators.py for those that allocate or call torch's own
-// products.
+// int8.cpp, recurrent.cpp, stochastic.cpp (CPU), csrc/cuda/ops (CUDA), and
+// python/vramkit/_operators.py for those that allocate or call torch's own products.
 //
 // A stored weight is passed as its parts (codes, scales, extra), the codebook's table, and `spec`:
 // [family, bits, grain, block, scale type, encoder, zero point], the fields of vramkit::Format.
@@ -11,6 +11,9 @@ namespace vramkit::ops {
 inline constexpr const char* kSchemas[] = {
     // Public: functional, checked in Python, differentiable where that makes sense.
     "quantize(Tensor x, Tensor? table, int[] spec) -> (Tensor, Tensor, Tensor)",
+    // The same, rounding up or down at random (core/stochastic.hpp).
+    "quantize_stochastic(Tensor x, Tensor? table, int[] spec, int seed) "
+    "-> (Tensor, Tensor, Tensor)",
     "dequantize(Tensor codes, Tensor scales, Tensor? extra, Tensor? table, int[] spec, "
     "int[] shape, ScalarType dtype) -> Tensor",
     "linear(Tensor x, Tensor codes, Tensor scales, Tensor? extra, Tensor? table, Tensor? bias, "
@@ -39,6 +42,8 @@ inline constexpr const char* kSchemas[] = {
     // Kernels: write into what the caller allocated.
     "_quantize_out(Tensor x, Tensor? table, int[] spec, Tensor(a!) codes, Tensor(b!) scales, "
     "Tensor(c!) extra) -> ()",
+    "_quantize_stochastic_out(Tensor x, Tensor? table, int[] spec, int seed, Tensor(a!) codes, "
+    "Tensor(b!) scales) -> ()",
     "_dequantize_out(Tensor codes, Tensor scales, Tensor? extra, Tensor? table, int[] spec, "
     "int rows, int cols, int first_row, Tensor(a!) out) -> ()",
     // `conv` where its weight is decoded whole, in x's dtype; no derivative.
@@ -50,6 +55,10 @@ inline constexpr const char* kSchemas[] = {
     "int rows, int cols, int first_row, Tensor(a!) out) -> ()",
     "_linear_out(Tensor x, Tensor codes, Tensor scales, Tensor? extra, Tensor? table, "
     "Tensor? bias, int[] spec, Tensor(a!) out) -> ()",
+    // CUDA alone, rows of a few to a hundred: `shape` is [kernel, warps of a block, splits of the
+    // columns]; python/vramkit/_routes.py chooses it and sizes the workspace.
+    "_linear_packed_out(Tensor x, Tensor codes, Tensor scales, Tensor? extra, Tensor? table, "
+    "Tensor? bias, int[] spec, int[] shape, Tensor(a!) workspace, Tensor(b!) out) -> ()",
     "_panel_product_out(Tensor x, Tensor codes, Tensor scales, Tensor? extra, Tensor? table, "
     "int[] spec, Tensor(a!) workspace, Tensor(b!) out) -> ()",
     "_embedding_out(Tensor indices, Tensor codes, Tensor scales, Tensor? extra, Tensor? table, "
@@ -63,6 +72,15 @@ inline constexpr const char* kSchemas[] = {
     "Tensor? hh_bias, int mode, float threshold, bool reverse, Tensor(a!) h, Tensor(b!) c, "
     "Tensor(c!) workspace, Tensor(d!) out) -> ()",
     "_int8_mm_out(Tensor a, Tensor b, Tensor(a!) out) -> ()",
+    // The same in two parts, for torch's own product of the codes between them: rows of x to codes
+    // (and what else a workspace of _linear_int8_out holds); sums, of rows from `first` on, to out.
+    "_round_int8_out(Tensor x, float threshold, Tensor(a!) workspace) -> ()",
+    "_scale_int8_out(Tensor sums, Tensor x, int first, Tensor codes, Tensor scales, Tensor? bias, "
+    "float threshold, int activation, Tensor workspace, Tensor(a!) out) -> ()",
+    // The steps of _recurrent_int8_out, with what x gives for the gates at hand.
+    "_recurrent_int8_steps_out(Tensor from_x, Tensor? steps, Tensor hh_codes, Tensor hh_scales, "
+    "Tensor? hr_codes, Tensor? hr_scales, Tensor? hh_bias, int mode, float threshold, "
+    "bool reverse, Tensor(a!) h, Tensor(b!) c, Tensor(c!) workspace, Tensor(d!) out) -> ()",
     // Blocks of 8-bit codes: how many of `bounds` (255, ascending) lie below x / absmax; blocks
     // of zeros have code 0.
     "_quantize_bounds_out(Tensor x, Tensor bounds, int block, Tensor(a!) codes, Tensor(b!) absmax) "

@@ -17,6 +17,8 @@ from .errors import (
     CalibrationError,
     CheckpointError,
     NonFiniteWeightError,
+    PrecisionConfigError,
+    PrunedModuleError,
     ReadOnlyWeightError,
     StaleHandleError,
     VramkitError,
@@ -28,11 +30,14 @@ from .precision import PrecisionMode
 from .sizes import format_size, parse_size
 
 if TYPE_CHECKING:
+    from ._scaled import disable_fp8_computation, enable_fp8_computation
+    from .attention import disable_fp8_attention, enable_fp8_attention, fp8_attention_of
     from .calibration import Calibration
     from .checkpoint import convert_checkpoint, load, save
     from .estimator import MemoryEstimate, estimate
     from .first_run import FirstRun, MemoryEstimateWarning
     from .inspection import ModelInfo, describe
+    from .lazy_pipeline import LazyPipeline
     from .model_manager import VRAMEfficientModelManager
     from .offload.manage import enable_vram_management
     from .phases import PipelineEstimate, estimate_pipeline
@@ -66,6 +71,12 @@ _LAZY = {
     "Plan": "plans",
     "fit": "planner",
     "plan": "planner",
+    "disable_fp8_attention": "attention",
+    "enable_fp8_attention": "attention",
+    "fp8_attention_of": "attention",
+    "disable_fp8_computation": "_scaled",
+    "enable_fp8_computation": "_scaled",
+    "LazyPipeline": "lazy_pipeline",
     "enable_vram_management": "offload.manage",
     "Rates": "rates",
     "measure_rates": "rates",
@@ -84,7 +95,13 @@ _LAZY = {
 }
 
 
+# Systems with a module of their own, as attributes too.
+_MODULES = ("chatterbox", "heartmula", "hunyuan3d", "qwen_image")
+
+
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f".{name}", __name__)
     if name not in _LAZY:
         raise AttributeError(f"module 'vramkit' has no attribute {name!r}")
     value = getattr(import_module(f".{_LAZY[name]}", __name__), name)
@@ -105,13 +122,16 @@ __all__ = [
     "ConversionReport",
     "FirstRun",
     "HostPool",
+    "LazyPipeline",
     "MemoryEstimate",
     "MemoryEstimateWarning",
     "ModelInfo",
     "NonFiniteWeightError",
     "PipelineEstimate",
     "Plan",
+    "PrecisionConfigError",
     "PrecisionMode",
+    "PrunedModuleError",
     "QuantizedLayer",
     "Rates",
     "ReadOnlyWeightError",
@@ -126,12 +146,17 @@ __all__ = [
     "convert",
     "convert_checkpoint",
     "describe",
+    "disable_fp8_attention",
+    "disable_fp8_computation",
+    "enable_fp8_attention",
+    "enable_fp8_computation",
     "enable_vram_management",
     "estimate",
     "estimate_pipeline",
     "fit",
     "format_names",
     "format_size",
+    "fp8_attention_of",
     "get_format",
     "keep_measurement",
     "load",

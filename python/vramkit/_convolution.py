@@ -3,6 +3,10 @@
 The weight is decoded to the type of the product and given to torch's own convolution: whole where
 it is small, else by slices of its first dimension, so that the workspace stays bounded. Gradients
 to the input are the transposed convolution with the same stored weight, decoded again.
+
+On a CPU decoding and convolution are one native call where they can be, and the decoding writes
+the order of the input. Elsewhere (`native=False`) both are operators that every device has: the
+weight is decoded in its own order, and torch's convolution reorders it.
 """
 
 from __future__ import annotations
@@ -13,11 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._native import HAS_CUDA_OPERATORS
 from ._operators import _library, _ops, _product_dtype, _separable, matrix_shape
 
 # Bytes of a decoded slice. Several times the shared cache, because torch reorders a weight in each
 # call: larger slices mean fewer of those, and all layers of most models are one slice.
 SLICE_BYTES = 16 << 20
+# On a GPU a slice costs a launch of each kernel, and a few output channels leave most of it idle.
+# Not measured: no GPU has run this.
+CUDA_SLICE_BYTES = 64 << 20
 
 _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -53,11 +61,15 @@ def _output_size(
     return sizes
 
 
-def _pieces(shape: list[int], groups: int, itemsize: int) -> list[tuple[int, int, int]]:
+def _slice_bytes(device: torch.device) -> int:
+    return SLICE_BYTES if device.type == "cpu" else CUDA_SLICE_BYTES
+
+
+def _pieces(shape: list[int], groups: int, itemsize: int, most: int) -> list[tuple[int, int, int]]:
     """(first row, rows, groups) of every slice: several whole groups, or a part of one."""
     rows, cols = matrix_shape(shape, 1)
     each = rows // groups
-    fitting = max(1, SLICE_BYTES // max(1, cols * itemsize))
+    fitting = max(1, most // max(1, cols * itemsize))
     if fitting >= each:
         step = fitting // each
         return [
@@ -83,13 +95,13 @@ def is_whole(x: Tensor, spec: list[int], shape: list[int]) -> bool:
 
 
 def _pieces_of(
-    spec: list[int], shape: list[int], groups: int, itemsize: int
+    spec: list[int], shape: list[int], groups: int, itemsize: int, most: int
 ) -> list[tuple[int, int, int]]:
-    """The slices that a weight of `shape` is decoded in."""
+    """The slices of at most `most` bytes that a weight of `shape` is decoded in."""
     cols = math.prod(shape[1:])
-    if shape[0] * cols * itemsize <= SLICE_BYTES or not _separable(spec, cols):
+    if shape[0] * cols * itemsize <= most or not _separable(spec, cols):
         return [(0, shape[0], groups)]
-    return _pieces(shape, groups, itemsize)
+    return _pieces(shape, groups, itemsize, most)
 
 
 def _decoded(
@@ -103,16 +115,18 @@ def _decoded(
     count: int,
     dtype: torch.dtype,
     layout: torch.memory_format,
+    native: bool,
 ) -> Tensor:
-    """Rows [first, first + count) of the weight, [count, *shape[1:]], in the order of `layout`.
+    """Rows [first, first + count) of the weight, [count, *shape[1:]].
 
-    torch would copy a weight that is not in the order of its input.
+    Natively in the order of `layout`: torch would copy a weight that is not in its input's order.
     """
     rows, channels, *kernel = shape
     taps = math.prod(kernel)
     cols = channels * taps
     separable = _separable(spec, cols)
-    if layout != torch.contiguous_format and separable and channels > 1 and taps > 1:
+    ordered = layout != torch.contiguous_format and channels > 1 and taps > 1
+    if native and ordered and separable:
         last = torch.empty((count, *kernel, channels), dtype=dtype, device=codes.device)
         _ops._dequantize_taps_out(
             codes, scales, extra, table, spec, rows, cols, first, last.view(count, taps, channels)
@@ -124,7 +138,8 @@ def _decoded(
     return weight
 
 
-def _conv(
+def _convolve(
+    native: bool,
     x: Tensor,
     codes: Tensor,
     scales: Tensor,
@@ -152,11 +167,13 @@ def _conv(
             out += bias.to(x.dtype).reshape(-1, *[1] * len(stride))
         return out.contiguous(memory_format=layout)
     dtype = _product_dtype(x)
-    pieces = _pieces_of(spec, shape, groups, dtype.itemsize)
+    pieces = _pieces_of(spec, shape, groups, dtype.itemsize, _slice_bytes(x.device))
     wide = x.to(dtype)
 
     def product(part: Tensor, first: int, count: int, n: int, add: Tensor | None) -> Tensor:
-        weight = _decoded(codes, scales, extra, table, spec, shape, first, count, dtype, layout)
+        weight = _decoded(
+            codes, scales, extra, table, spec, shape, first, count, dtype, layout, native
+        )
         return torch.convolution(
             part,
             weight,
@@ -169,7 +186,7 @@ def _conv(
             n,
         )
 
-    if len(pieces) == 1 and _separable(spec, math.prod(shape[1:])):
+    if native and len(pieces) == 1 and _separable(spec, math.prod(shape[1:])):
         out = _ops._conv_whole(
             wide, codes, scales, extra, table, None if bias is None else bias.to(dtype), spec,
             shape, stride, padding, dilation, transposed, output_padding, groups,
@@ -187,6 +204,16 @@ def _conv(
             add = None if bias is None else bias[first : first + count]
             out[:, first : first + count] = product(part, first, count, n, add)
     return out.to(x.dtype).contiguous(memory_format=layout)
+
+
+def _conv(*args: Any) -> Tensor:
+    """`vramkit::conv` on a CPU."""
+    return _convolve(True, *args)
+
+
+def _conv_by_torch(*args: Any) -> Tensor:
+    """The same from operators that every device has."""
+    return _convolve(False, *args)
 
 
 def _transposed_slices(
@@ -233,7 +260,7 @@ def conv_workspace(args: tuple[Any, ...]) -> int:
     transposed, groups = args[11], args[13]
     dtype = _product_dtype(x)
     rows, cols = matrix_shape(shape, 1)
-    pieces = _pieces_of(spec, shape, groups, dtype.itemsize)
+    pieces = _pieces_of(spec, shape, groups, dtype.itemsize, _slice_bytes(x.device))
     largest = max(count for _, count, _ in pieces)
     stride, padding, dilation = args[8:11]
     outputs = _output_size(x, shape, stride, padding, dilation, transposed, args[12], groups)
@@ -242,6 +269,8 @@ def conv_workspace(args: tuple[Any, ...]) -> int:
     if x.device.type == "cpu":
         copies = _torch_copies(x, shape, outputs, transposed, groups, largest * cols)
         held += copies * dtype.itemsize
+    elif _layout(x) != torch.contiguous_format:
+        held += largest * cols * dtype.itemsize  # the weight in the input's order
     if dtype != x.dtype:
         held += x.numel() * dtype.itemsize
     if len(pieces) == 1:
@@ -252,8 +281,9 @@ def conv_workspace(args: tuple[Any, ...]) -> int:
     return held + count * dtype.itemsize * largest // rows
 
 
-for _key in ("CPU",):
-    _library.impl("conv", _conv, _key)
+_library.impl("conv", _conv, "CPU")
+if HAS_CUDA_OPERATORS:
+    _library.impl("conv", _conv_by_torch, "CUDA")
 
 
 @torch.library.register_fake("vramkit::conv")

@@ -40,6 +40,7 @@ __all__: list[str] = [
     "OutOfMemory",
     "PartBytes",
     "PeakBlock",
+    "PinnedBuffer",
     "Placement",
     "PlacementResult",
     "PlannerResult",
@@ -840,6 +841,12 @@ class Ledger:
     def budget(self) -> int | None: ...
     @property
     def max_resident(self) -> int: ...
+
+class PinnedBuffer:
+    """
+    A writable buffer, registered with a GPU so that it copies from it by itself, for as long as this lives.
+    """
+    def __init__(self, memory: typing_extensions.Buffer, device: str) -> None: ...
 
 class Source:
     """

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _native  # noqa: F401  (defines the schemas)
+from . import _native, _routes  # noqa: F401  (_native defines the schemas)
 from ._native import HAS_CUDA_OPERATORS, _core
 from .formats import (
     _ENCODER,
@@ -70,8 +70,15 @@ def _as_matrix(x: Tensor) -> Tensor:
     return x.reshape(x.shape[0], -1)
 
 
+def _rows_of(x: Tensor, spec: list[int]) -> Tensor:
+    """x as a matrix whose rows lie as kernels take them; a copy only where they do not."""
+    matrix = _as_matrix(x)
+    apart = matrix.shape[1] < 2 or matrix.stride(1) == 1
+    return matrix if apart and _separable(spec, matrix.shape[1]) else matrix.contiguous()
+
+
 def _quantize(x: Tensor, table: Tensor | None, spec: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    matrix = _as_matrix(x).contiguous()
+    matrix = _rows_of(x, spec)
     rows, cols = matrix.shape
     direct = list(spec)
     nested = spec[_SCALE] == _SCALE_NESTED
@@ -271,7 +278,9 @@ def _embedding(
 ) -> Tensor:
     rows, cols = shape
     flat = indices.reshape(-1)
-    if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= rows):
+    # On CUDA the kernel looks, and stops the device as torch's own: the host would have to wait.
+    looks = flat.device.type == "cpu" and flat.numel() > 0
+    if looks and (int(flat.min()) < 0 or int(flat.max()) >= rows):
         raise IndexError(f"index out of range: this embedding has {rows} rows")
     out = torch.empty((flat.shape[0], cols), dtype=_kernel_dtype(dtype), device=codes.device)
     if out.numel():
@@ -290,12 +299,9 @@ def workspace_bytes(name: str, args: tuple[Any, ...]) -> int:
     The estimator asks; the figures follow the code above.
     """
     if name == "linear_int8":
-        from ._operators_int8 import workspace_bytes as int8_bytes
+        from ._operators_int8 import workspace_of as int8_workspace
 
-        x, bias, threshold, out_features = args[0], args[3], args[4], args[6]
-        count = x.numel() // x.shape[-1] if x.shape[-1] else 0
-        widened = 0 if bias is None or bias.dtype == torch.float32 else 4 * out_features
-        return int8_bytes(count, x.shape[-1], threshold) + widened
+        return int8_workspace(args)
     if name == "recurrent_int8":
         from ._recurrent import workspace_of
 
@@ -307,6 +313,8 @@ def workspace_bytes(name: str, args: tuple[Any, ...]) -> int:
     if name != "linear":
         return 0
     x, spec, out_features = args[0], args[6], args[7]
+    if x.device.type == "cuda":
+        return _routes.workspace_bytes(x, args[5], spec, out_features)
     cols = x.shape[-1]
     count = x.numel() // cols if cols else 0
     if _from_packed(spec, x, count):
@@ -323,14 +331,15 @@ def workspace_bytes(name: str, args: tuple[Any, ...]) -> int:
 
 
 _library = torch.library.Library("vramkit", "IMPL")
-# On CUDA: decoding, and encoding by casts; the rest is not written yet (docs/gpu-status.md).
+# What CUDA has is in docs/gpu-status.md.
 for _key in ("CPU", "CUDA") if HAS_CUDA_OPERATORS else ("CPU",):
     _library.impl("quantize", _quantize, _key)
     _library.impl("dequantize", _dequantize, _key)
     _library.impl("dequantize_rows", _dequantize_rows, _key)
-for _key in ("CPU",):
-    _library.impl("linear", run_linear, _key)
     _library.impl("embedding", _embedding, _key)
+_library.impl("linear", run_linear, "CPU")
+if HAS_CUDA_OPERATORS:
+    _library.impl("linear", _routes.run_linear, "CUDA")
 
 
 @torch.library.register_fake("vramkit::quantize")
@@ -416,6 +425,16 @@ class StoredParts:
             part.numel() for part in (self.codes, self.scales, self.extra) if part is not None
         )
 
+    def to(self, device: torch.device) -> StoredParts:
+        """The same parts on `device`."""
+        codes, scales, extra = (
+            None if part is None else part.to(device)
+            for part in (self.codes, self.scales, self.extra)
+        )
+        assert codes is not None
+        assert scales is not None
+        return StoredParts(self.fmt, self.shape, codes, scales, extra, self.lead)
+
     @property
     def arguments(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Codes, scales, extra and table: what every operator on a stored weight begins with."""
@@ -475,7 +494,9 @@ def matrix_shape(shape: Sequence[int], lead: int) -> tuple[int, int]:
     return math.prod(shape[:lead]), math.prod(shape[lead:])
 
 
-def encode(weight: Tensor, fmt: StorageFormat, lead: int = 1) -> StoredParts:
+def encode(
+    weight: Tensor, fmt: StorageFormat, lead: int = 1, quantize: Any = _ops.quantize
+) -> StoredParts:
     """Encode a weight (float32, bfloat16 or float16; any shape) natively into `fmt`.
 
     Its first `lead` dimensions are rows, each with scales of its own.
@@ -487,7 +508,7 @@ def encode(weight: Tensor, fmt: StorageFormat, lead: int = 1) -> StoredParts:
         source = source.to(torch.float32)
     if lead != 1:
         source = source.reshape(matrix_shape(source.shape, lead))
-    codes, scales, extra = _ops.quantize(source, fmt.table_on(source.device), fmt.spec)
+    codes, scales, extra = quantize(source, fmt.table_on(source.device), fmt.spec)
     found = extra if extra.numel() else None
     return StoredParts(fmt, tuple(weight.shape), codes, scales, found, lead)
 

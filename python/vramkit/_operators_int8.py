@@ -3,6 +3,9 @@
 Rows of x (tokens) are quantized to int8 by their own absmax, multiplied exactly with the stored
 int8 weight, and scaled, all in one native call. LLM.int8 (Dettmers et al. 2022, arXiv 2208.07339)
 leaves the columns that hold a magnitude of `threshold` or more to a product in float32.
+
+On CUDA few rows are one native call as well; many go through torch's own product of the codes,
+between a kernel that rounds x and one that scales the sums. The bits are the same either way.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import _native  # noqa: F401  (defines the schemas)
+from ._native import HAS_CUDA_OPERATORS
 from ._operators import FLOATS, _library, unobserved
 from .formats import get_format
 
@@ -22,6 +26,12 @@ ACTIVATIONS = ("none", "gelu", "gelu_tanh", "silu")
 # Products longer than this could leave int32 (csrc/cpu/int8.hpp).
 LONGEST_ROW = 1 << 17
 _BLOCK = 2048  # columns of quantized x that lie together, and their padding: as in int8.hpp
+# Rows of x up to which our CUDA kernel multiplies codes itself, reading the weight once. Reckoned
+# from the bytes that it reads of both, not measured. (torch's product takes no fewer than 17.)
+_DIRECT_ROWS = 32
+# Of the int32 sums between torch's product and their scaling: what a GPU's cache holds.
+_SUMS_BYTES = 32 << 20
+_LEAST_SUM_ROWS = 256
 
 
 def workspace_bytes(rows: int, cols: int, threshold: float) -> int:
@@ -32,6 +42,46 @@ def workspace_bytes(rows: int, cols: int, threshold: float) -> int:
         stride = (cols + 63) // 64 * 64 + (0 if cols % 128 else 64)
     blocks = max(1, -(-cols // _BLOCK))
     return rows * (blocks * stride + 8) + (cols if threshold > 0 else 0)
+
+
+def cuda_workspace_bytes(rows: int, cols: int, threshold: float) -> int:
+    """The same on CUDA (csrc/cuda/ops/int8.hpp), where outlier columns are listed too."""
+
+    def up(count: int) -> int:
+        return -(-count // 16) * 16
+
+    return rows * up(cols) + up(rows * 4) + (up(cols * 4 + 4) + cols if threshold > 0 else 0)
+
+
+def _for_torch(rows: int, cols: int, out_features: int) -> bool:
+    """Whether a product on CUDA is left to torch's own, of those that it takes."""
+    return rows > _DIRECT_ROWS and cols > 0 and cols % 16 == 0 and out_features % 8 == 0
+
+
+def _sum_rows(rows: int, out_features: int) -> int:
+    """Rows that torch's product is given at a time."""
+    most = _SUMS_BYTES // (4 * max(1, out_features)) // 16 * 16
+    return min(rows, max(_LEAST_SUM_ROWS, most))
+
+
+def product_bytes(rows: int, cols: int, out_features: int, threshold: float, device: str) -> int:
+    """Bytes that a product of `rows` rows holds besides its inputs and its output."""
+    if device != "cuda":
+        return workspace_bytes(rows, cols, threshold)
+    sums = 0
+    if _for_torch(rows, cols, out_features):
+        sums = 4 * _sum_rows(rows, out_features) * out_features
+    return cuda_workspace_bytes(rows, cols, threshold) + sums
+
+
+def workspace_of(args: tuple[Any, ...]) -> int:
+    """The same of `linear_int8`'s arguments."""
+    x, bias, threshold, out_features = args[0], args[3], args[4], args[6]
+    cols = x.shape[-1]
+    device = x.device.type
+    narrow = bias is not None and bias.dtype != torch.float32 and device != "cuda"
+    found = product_bytes(x.numel() // cols if cols else 0, cols, out_features, threshold, device)
+    return found + (4 * out_features if narrow else 0)
 
 
 def _activation_index(activation: str) -> int:
@@ -81,10 +131,44 @@ def run_linear_int8(
     matrix = consecutive(matrix)
     rows = matrix.shape[0]
     out = matrix.new_empty((rows, out_features))
-    workspace = codes.new_empty(workspace_bytes(rows, cols, threshold))
-    wide = bias if bias is None or bias.dtype == torch.float32 else bias.to(torch.float32)
-    _linear_int8_out(matrix, codes, scales, wide, threshold, index, workspace, out)
+    if matrix.is_cuda:
+        _linear_on_cuda(matrix, codes, scales, bias, threshold, index, out)
+    else:
+        workspace = codes.new_empty(workspace_bytes(rows, cols, threshold))
+        wide = bias if bias is None or bias.dtype == torch.float32 else bias.to(torch.float32)
+        _linear_int8_out(matrix, codes, scales, wide, threshold, index, workspace, out)
     return out if x.dim() == 2 else out.reshape(*x.shape[:-1], out_features)
+
+
+def _linear_on_cuda(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    threshold: float,
+    activation: int,
+    out: Tensor,
+) -> None:
+    """out = activation(x W^T + bias). Nothing waits for the device."""
+    rows, cols = x.shape
+    out_features = out.shape[1]
+    if bias is not None and bias.dtype not in FLOATS:
+        bias = bias.to(torch.float32)
+    workspace = x.new_empty(cuda_workspace_bytes(rows, cols, threshold), dtype=torch.uint8)
+    if not _for_torch(rows, cols, out_features) or codes.data_ptr() % 16:
+        _linear_int8_out(x, codes, scales, bias, threshold, activation, workspace, out)
+        return
+    _ops._round_int8_out(x, threshold, workspace)
+    rounded = workspace[: rows * cols].view(torch.int8).view(rows, cols)
+    weight = codes.view(torch.int8).view(out_features, cols).t()
+    step = _sum_rows(rows, out_features)
+    sums = x.new_empty((step, out_features), dtype=torch.int32)
+    for begin in range(0, rows, step):
+        first = min(begin, rows - step)  # the last ones overlap: torch takes no short rest
+        torch._int_mm(rounded[first : first + step], weight, out=sums)
+        _ops._scale_int8_out(
+            sums, x, first, codes, scales, bias, threshold, activation, workspace, out
+        )
 
 
 def _quantize_rows(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,13 +207,24 @@ def _int8_mm(a: Tensor, b: Tensor) -> Tensor:
             f"fewer than {LONGEST_ROW} are taken"
         )
     out = torch.empty((a.shape[0], b.shape[0]), dtype=torch.int32, device=a.device)
-    _ops._int8_mm_out(consecutive(a), consecutive(b), out)
+    a, b = consecutive(a), consecutive(b)
+    if (
+        a.is_cuda
+        and _for_torch(a.shape[0], a.shape[1], b.shape[0])
+        and a.is_contiguous()
+        and b.is_contiguous()
+        and not (a.data_ptr() | b.data_ptr()) % 16
+    ):
+        torch._int_mm(a, b.t(), out=out)
+    else:
+        _ops._int8_mm_out(a, b, out)
     return out
 
 
-_library.impl("linear_int8", run_linear_int8, "CPU")
-_library.impl("quantize_rows", _quantize_rows, "CPU")
-_library.impl("int8_mm", _int8_mm, "CPU")
+for _key in ("CPU", "CUDA") if HAS_CUDA_OPERATORS else ("CPU",):
+    _library.impl("linear_int8", run_linear_int8, _key)
+    _library.impl("quantize_rows", _quantize_rows, _key)
+    _library.impl("int8_mm", _int8_mm, _key)
 
 
 @torch.library.register_fake("vramkit::linear_int8")

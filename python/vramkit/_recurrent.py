@@ -3,6 +3,9 @@
 `recurrent_int8` runs one direction of one layer natively: all time steps of x are multiplied at
 once, then each step multiplies the state and computes the gates. Its backward pass runs the same
 again as `step_by_step`, from operators that have gradients; nothing but the inputs is kept for it.
+
+On CUDA x goes through the product of a linear layer; the steps are launches in a row, with the same
+bits as on the CPU and no waiting.
 """
 
 from __future__ import annotations
@@ -14,8 +17,14 @@ import torch
 from torch import Tensor
 
 from . import _native  # noqa: F401  (defines the schemas)
+from ._native import HAS_CUDA_OPERATORS
 from ._operators import _library, unobserved
-from ._operators_int8 import consecutive
+from ._operators_int8 import (
+    consecutive,
+    cuda_workspace_bytes,
+    product_bytes,
+    run_linear_int8,
+)
 from ._operators_int8 import workspace_bytes as rows_bytes
 
 _ops = torch.ops.vramkit
@@ -114,11 +123,23 @@ def workspace_bytes(
     )
 
 
+def steps_bytes(batch: int, units: int, projects: bool, threshold: float) -> int:
+    """Bytes that the steps hold on CUDA; as in csrc/cuda/ops/recurrent.cpp."""
+    full = -(-batch * units * 4 // 16) * 16 if projects or threshold > 0 else 0
+    return full + cuda_workspace_bytes(batch, units, threshold)
+
+
 def workspace_of(args: Sequence[Any]) -> int:
     """The same of an operator's arguments."""
     x, h, ih_codes, mode, threshold = args[0], args[2], args[4], args[12], args[13]
     gates = GATES[mode]
     units = ih_codes.shape[0] // gates
+    if x.device.type == "cuda":
+        width = ih_codes.shape[0]
+        return x.shape[0] * width * 4 + max(
+            product_bytes(x.shape[0], x.shape[1], width, float(threshold), "cuda"),
+            steps_bytes(h.shape[0], units, args[8] is not None, float(threshold)),
+        )
     return workspace_bytes(
         x.shape[0], x.shape[1], h.shape[0], units, h.shape[1], gates, float(threshold)
     )
@@ -164,8 +185,19 @@ def run_recurrent_int8(
     cell = x.new_empty(0) if c is None else c.clone(memory_format=torch.contiguous_format)
     out = x.new_empty((x.shape[0], h.shape[1]))
     matrix = consecutive(x)
-    sizes = None if steps is None else torch.tensor(steps, dtype=torch.int64)
+    sizes = None if steps is None else torch.tensor(steps, dtype=torch.int64, device="cpu")
     batch, width = h.shape
+    if x.is_cuda:
+        from_x = run_linear_int8(
+            matrix, ih_codes, ih_scales, ih_bias, threshold, "none", ih_codes.shape[0]
+        )
+        held = steps_bytes(batch, units, hr_codes is not None, float(threshold))
+        workspace = torch.empty(held, dtype=torch.uint8, device=x.device)
+        _ops._recurrent_int8_steps_out(
+            from_x, sizes, hh_codes, hh_scales, hr_codes, hr_scales, _wide(hh_bias),
+            MODES.index(mode), threshold, reverse, state, cell, workspace, out,
+        )  # fmt: skip
+        return out, state, cell
     size = workspace_bytes(
         x.shape[0], x.shape[1], batch, units, width, GATES[mode], float(threshold)
     )
@@ -182,7 +214,8 @@ def _wide(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.detach().to(torch.float32).contiguous()
 
 
-_library.impl("recurrent_int8", run_recurrent_int8, "CPU")
+for _key in ("CPU", "CUDA") if HAS_CUDA_OPERATORS else ("CPU",):
+    _library.impl("recurrent_int8", run_recurrent_int8, _key)
 
 
 @torch.library.register_fake("vramkit::recurrent_int8")

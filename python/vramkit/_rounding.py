@@ -72,19 +72,28 @@ def compensate(
     """Round `weight` [rows, cols] again, into `parts.codes`, for inputs of second moment `moment`.
 
     Raises CalibrationError where the moment is not finite.
+
+    The rounding runs on the CPU, wherever the weight lies: column after column, it would leave a
+    GPU waiting for itself. A weight on CUDA is copied there, and its new codes are copied back.
     """
-    order, first, again = feedback_coefficients(damped(moment, damping))
-    source = weight.detach().reshape(weight.shape[0], -1).to(torch.float32).contiguous()
-    table = parts.fmt.table_on(parts.codes.device)
+    host = torch.device("cpu")
+    coefficients = feedback_coefficients(damped(moment, damping))
+    order, first, again = (part.to(host) for part in coefficients)
+    source = weight.detach().reshape(weight.shape[0], -1).to(host, torch.float32).contiguous()
+    codes, scales = parts.codes.to(host), parts.scales.to(host)
+    extra = None if parts.extra is None else parts.extra.to(host)
+    table = parts.fmt.table_on(host)
     for number in range(passes + 1):
         torch.ops.vramkit._feedback_out(
             source,
             again if number else first,
             order,
-            parts.scales,
-            parts.extra,
+            scales,
+            extra,
             table,
             parts.fmt.spec,
             number > 0,
-            parts.codes,
+            codes,
         )
+    if codes is not parts.codes:
+        parts.codes.copy_(codes)

@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from . import _core
+from .bnb_config import QuantizationConfig, resolve
 from .convert import (
     Candidate,
     Precision,
@@ -81,7 +83,7 @@ class _Output:
 def load(
     path: str | os.PathLike[str],
     *,
-    precision: Precision | Mapping[str, Precision | None] | None = None,
+    precision: Precision | Mapping[str, Precision | None] | QuantizationConfig | None = None,
     vram_limit: int | float | str | None = None,
     factory: Callable[[], nn.Module] | None = None,
     skip: Iterable[str] = (),
@@ -92,12 +94,14 @@ def load(
     vram_buffer: int | float | str = 0,
     folder: str | os.PathLike[str] | None = None,
     cache_limit: int | float | str = CACHE_BYTES / 2**30,
+    device: str | torch.device | None = None,
 ) -> nn.Module:
     """Build a model from a checkpoint, converting tensor by tensor on the way.
 
     Args:
         path: A folder that `save` or transformers wrote, or a safetensors file with `factory`.
-        precision: Convert to this while loading, as `convert` would; None: as stored.
+        precision: Convert to this (a precision, one by layer, a `BitsAndBytesConfig`) while
+            loading, as `convert` would; None: as stored.
         vram_limit: With `offload`, bounds the weights in memory. Else: choose formats so that the
             weights fit (a first pass reads the weights once to measure what each format would
             lose).
@@ -113,6 +117,9 @@ def load(
         inputs: Of the offloading, with `vram_buffer` and `folder`: see `enable_vram_management`.
         cache_limit: How much a cache in `folder` may hold (GiB, or text) of blocks whose tensors
             lie scattered in the checkpoint: they are gathered there once.
+        device: Where the model computes. With offloading see `enable_vram_management`; else the
+            whole model goes there, while converting tensor by tensor, so that neither memory holds
+            more than it would alone.
 
     Host memory stays under the loaded size, two of the largest tensors and about 100 MB. Raises
     CheckpointError for an unsound or foreign checkpoint; nothing is left half-loaded. Offloading
@@ -132,6 +139,9 @@ def load(
         )
     if converted and vram_limit is not None and not offload:
         raise ValueError(f"{path} is converted already, so a limit has no formats to choose")
+    place = None if device is None or offload else torch.device(device)
+    if place is not None:
+        torch.empty(0, device=place)  # a device that is not there is an error before all reading
     if mapped and not offload and (precision is not None or vram_limit is not None):
         raise ValueError("what is mapped stays as stored: it cannot be converted while loading")
     if offload or (precision is None and vram_limit is None):
@@ -140,15 +150,18 @@ def load(
         if offload:
             from .offload.manage import enable_vram_management
 
-            enable_vram_management(model, vram_limit, vram_buffer, inputs=inputs, folder=folder)
-        return model
+            return enable_vram_management(
+                model, vram_limit, vram_buffer, inputs=inputs, folder=folder, device=device
+            )
+        return model if place is None else model.to(place)
     if vram_limit is not None:
         made = plan_checkpoint(path, vram_limit, factory=factory, skip=skip, progress=progress)
         precision = {entry.name: entry.format for entry in made.entries}
+    wanted, skip, request = resolve(precision, skip)
     model = build_skeleton(path, factory)
     checkpoint = Checkpoint(path)
     places = match_names(model, checkpoint)
-    chosen = _choose(model, precision, skip)
+    chosen = _choose(model, wanted, skip)
     freed = _FreedMemory()
     with progress_bar(progress, checkpoint.nbytes, "load") as advance:
         done: set[int] = set()
@@ -163,17 +176,23 @@ def load(
                 tensor, size = _read_weight(candidate, checkpoint, places)
                 check_weight(candidate.name, tensor, fmt)
                 parts = encode_candidate(candidate, tensor, fmt)
+                if place is not None:
+                    parts = parts.to(place)
                 del tensor
                 freed.count(size)
                 swap_candidate(candidate, parts)
             else:
                 tensor = checkpoint.read(places[name])
                 size = tensor.nbytes
-                set_tensor(model, name, tensor, getattr(value, "requires_grad", False))
+                grad = getattr(value, "requires_grad", False)
+                set_tensor(model, name, tensor if place is None else tensor.to(place), grad)
             advance(size, name)
     keep_ties(model)
+    if request is not None:
+        request.finish(model)
     _check_complete(model, path)
-    return model
+    # What no file holds: buffers that are not kept.
+    return model if place is None else model.to(place)
 
 
 def _load_as_stored(
@@ -341,7 +360,7 @@ def _dtype_name(name: str, tensor: Tensor) -> str:
 def convert_checkpoint(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
-    precision: Precision | Mapping[str, Precision | None],
+    precision: Precision | Mapping[str, Precision | None] | QuantizationConfig,
     *,
     factory: Callable[[], nn.Module] | None = None,
     skip: Iterable[str] = (),
@@ -352,7 +371,8 @@ def convert_checkpoint(
     Args:
         source: A transformers folder, or a safetensors file with `factory`.
         target: The folder to write; `load` reads it.
-        precision: One precision or format, or one by layer name (a plan's).
+        precision: One precision or format, one by layer name (a plan's), or a
+            `BitsAndBytesConfig`.
         factory: Builds the module where `source` does not say what it is.
         skip: Layers to leave plain.
         progress: True for a progress bar.
@@ -360,10 +380,11 @@ def convert_checkpoint(
     Returns bytes before and after. Host memory stays under two of the largest tensors and about
     100 MB, whatever the model's size. An interrupted conversion leaves no checkpoint behind.
     """
+    wanted, left_plain, _ = resolve(precision, skip)
     skeleton = build_skeleton(source, factory)
     checkpoint = Checkpoint(source)
     places = match_names(skeleton, checkpoint)
-    chosen = _choose(skeleton, precision, skip)
+    chosen = _choose(skeleton, wanted, left_plain)
     outputs = _outputs(skeleton, chosen)
     folder = Path(target)
     into = folder / WEIGHTS if Path(source).is_file() else folder
@@ -443,7 +464,7 @@ def _write_output(writer: _core.SafetensorsWriter, output: _Output, tensor: Tens
 
 def _converted_structure(
     skeleton: nn.Module,
-    precision: Precision | Mapping[str, Precision | None],
+    precision: Precision | Mapping[str, Precision | None] | QuantizationConfig,
     skip: Iterable[str],
 ) -> dict[str, Any]:
     """The manifest of what is about to be written: the skeleton converted by shapes alone."""

@@ -1,4 +1,4 @@
-"""The command line: `vramkit demo | doctor | estimate | sensitivity | plan | convert | fit`.
+"""Command line: `vramkit demo | doctor | estimate | sensitivity | plan | convert | fit | serve`.
 
 Exit codes: 0 done; 1 an error that the text explains; 2 wrong usage; 3 a memory limit that
 cannot be met (the text, and `needed_bytes` in the JSON, say the smallest that would do).
@@ -21,6 +21,9 @@ from rich.console import Console
 from rich.table import Table
 
 from . import __version__
+from .cli_heartmula import heartmula
+from .cli_qwen import qwen_image
+from .cli_serve import serve
 from .errors import BudgetError, VramkitError
 from .precision import PrecisionMode
 from .sizes import format_size
@@ -642,6 +645,11 @@ def _verified(console: Console, model: Any, made: Any, inputs: Any) -> dict[str,
     console.print(str(found), highlight=False)
     return found.to_dict()
 
+
+reported = _reported  # for commands in files of their own
+main.add_command(heartmula)
+main.add_command(serve)
+main.add_command(qwen_image)
 
 if __name__ == "__main__":
     main()

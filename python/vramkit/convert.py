@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from ._operators import StoredParts, encode
 from ._operators_int8 import LONGEST_ROW
+from ._stochastic import check_rounding, encode_rounded
+from .bnb_config import QuantizationConfig, resolve
 from .candidates import Candidate, Parameters, User, candidates, matches
 from .errors import NonFiniteWeightError
 from .formats import StorageFormat, get_format
@@ -222,12 +224,14 @@ def storage_format(precision: Precision) -> StorageFormat:
 @torch.no_grad()
 def convert(
     model: nn.Module,
-    precision: Precision | Mapping[str, Precision | None],
+    precision: Precision | Mapping[str, Precision | None] | QuantizationConfig,
     *,
     skip: Iterable[str] = (),
     parameters: Parameters = True,
     calibration: Calibration | Iterable[Any] | None = None,
     calibration_memory: str | float = "1 GiB",
+    rounding: str = "nearest",
+    seed: int = 0,
     progress: bool | Progress = False,
 ) -> ConversionReport:
     """Store the weights of `model`'s layers in another format, in place.
@@ -241,7 +245,8 @@ def convert(
         model: Any module.
         precision: One precision or format for all, or one by name (others stay plain). A layer's
             `weight` has the layer's name, any other parameter its own; the name of a module with
-            several stands for all of them.
+            several stands for all of them. Or transformers' `BitsAndBytesConfig`, or any object
+            with its fields (docs/interop.md): honoured, or refused by the field's name.
         skip: What to leave plain: full names, parents, last parts ("lm_head") or globs.
         parameters: Raw parameters outside torch's own layers. True: those of two dimensions or
             more and at least 16,384 elements; False: none; names or globs: those, of any size.
@@ -251,6 +256,9 @@ def convert(
             to nearest, with a warning and in the report.
         calibration_memory: What the collected data may take (GiB, or a string with its unit); the
             batches are run once for each group of layers that fits it.
+        rounding: "nearest", or "stochastic": up or down at random, so that the error's mean is 0
+            (docs/formats.md); for fp16, bf16, fp8, fp8_e5m2 and the int8 formats.
+        seed: Of stochastic rounding: the same bits on every device for the same seed.
         progress: True for a progress bar, or a function of (bytes done, bytes in all, layer name).
 
     int8_dynamic and llm_int8 quantize the activations of Linear and recurrent layers too;
@@ -259,14 +267,19 @@ def convert(
 
     Every weight is encoded before the first layer changes: after an error or an interrupt the model
     is what it was. Raises NonFiniteWeightError for NaN, infinity or overflow, and ValueError for an
-    unknown precision or layer name.
+    unknown precision or layer name (PrecisionConfigError for a config that cannot be honoured).
 
     >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU())
     >>> vramkit.convert(model, "nf4").bytes
     2560
     """
-    found, left_out = candidates(model, skip, parameters)
-    chosen, reasons = formats_for(found, precision)
+    check_rounding(rounding, seed)
+    if rounding != "nearest" and calibration is not None:
+        raise ValueError("calibrated codes are chosen, not rounded: leave out calibration=")
+    wanted, skip, request = resolve(precision, skip)
+    on_cpu = request.on_cpu(model) if request is not None else []
+    found, left_out = candidates(model, (*skip, *on_cpu), parameters)
+    chosen, reasons = formats_for(found, wanted)
     left_out += [
         (c.full_name, reasons[c.name], c.original_bytes) for c in found if c.name in reasons
     ]
@@ -288,8 +301,11 @@ def convert(
                 done=lambda candidate: advance(candidate.original_bytes, candidate.name),
             )
             chosen = []
-        for candidate, fmt in chosen:
-            encoded.append((candidate, encode_candidate(candidate, candidate.weight, fmt)))
+        for number, (candidate, fmt) in enumerate(chosen):
+            parts = encode_rounded(
+                candidate.weight, fmt, candidate.lead, rounding=rounding, seed=seed + number
+            )
+            encoded.append((candidate, parts))
             advance(candidate.original_bytes, candidate.name)
     for candidate, parts in encoded:
         report.layers.append(
@@ -303,6 +319,8 @@ def convert(
         )
         swap_candidate(candidate, parts)
     keep_ties(model)
+    if request is not None:
+        request.finish(model, on_cpu)
     if "peft.tuners.lora.model" in sys.modules:
         from .interop.peft import register
 
@@ -455,11 +473,22 @@ def _plain_dtype(dtype: str | PrecisionMode | torch.dtype) -> torch.dtype:
 
 
 @torch.no_grad()
-def set_weight(layer: nn.Module, tensor: Tensor, name: str = "weight") -> None:
+def set_weight(
+    layer: nn.Module,
+    tensor: Tensor,
+    name: str = "weight",
+    *,
+    rounding: str = "nearest",
+    seed: int = 0,
+) -> None:
     """Give a layer a new weight (or parameter `name`) of the same shape; a stored one is encoded.
+
+    `rounding` and `seed` are `convert`'s: with "stochastic", and another seed each time, a weight
+    that is updated again and again keeps on average what its format is too coarse for.
 
     Raises ValueError for another shape, NonFiniteWeightError for what the format cannot hold.
     """
+    check_rounding(rounding, seed)
     weight: Any = getattr(layer, name)
     shape = tuple(weight.shape)
     if tuple(tensor.shape) != shape:
@@ -468,7 +497,9 @@ def set_weight(layer: nn.Module, tensor: Tensor, name: str = "weight") -> None:
         stored = layer.stored_parameter(name)
         check_weight(type(layer).__name__, tensor, stored.fmt)
         device = layer.stored_part(name, "codes").device
-        parts = encode(tensor.to(device), stored.fmt, stored.lead)
+        parts = encode_rounded(
+            tensor.to(device), stored.fmt, stored.lead, rounding=rounding, seed=seed
+        )
         for part in PART_NAMES:
             value = getattr(parts, part)
             if value is not None:

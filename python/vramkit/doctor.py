@@ -14,7 +14,9 @@ from typing import Any
 import torch
 
 from . import __version__, _core
+from ._native import HAS_CUDA_OPERATORS
 from ._operators import encode
+from .capabilities import describe, describe_cpu
 from .formats import get_format
 
 _DISK_BYTES = 64 << 20
@@ -34,9 +36,10 @@ def examine(*, rates: bool = True) -> dict[str, Any]:
         "isa": _core.active_isa(),
         "isa_available": _core.available_isas(),
         "isa_forced": os.environ.get("VRAMKIT_ISA") or None,
+        "cpu": describe_cpu(),
         "threads": torch.get_num_threads(),
         "cuda_build": torch.version.cuda,
-        "cuda_kernels": False,
+        "cuda_kernels": HAS_CUDA_OPERATORS,
         "cuda_devices": _cuda_devices(),
         "page_size_bytes": mmap.PAGESIZE,
         "transparent_huge_pages": _huge_pages(),
@@ -58,7 +61,7 @@ def _cuda_devices() -> list[dict[str, Any]]:
         devices.append(
             {
                 "name": about.name,
-                "capability": f"{about.major}.{about.minor}",
+                **describe((about.major, about.minor)),
                 "memory_bytes": about.total_memory,
             }
         )

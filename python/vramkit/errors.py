@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 
 class VramkitError(Exception):
     """Base of every exception that is vramkit's own."""
@@ -20,6 +22,18 @@ class BudgetError(VramkitError, ValueError):
     def __init__(self, message: str, needed_bytes: int = 0) -> None:
         super().__init__(message)
         self.needed_bytes = needed_bytes
+
+
+class DeviceMemoryError(VramkitError, torch.OutOfMemoryError, MemoryError):
+    """A device's memory, or memory made ready for it, that the engine could not have.
+
+    What torch itself allocates, operators' results and workspaces included, raises
+    torch.OutOfMemoryError; this is one too. `requested_bytes` is what was asked for.
+    """
+
+    def __init__(self, message: str, requested_bytes: int = 0) -> None:
+        super().__init__(message)
+        self.requested_bytes = requested_bytes
 
 
 class EventError(VramkitError, ValueError):
@@ -48,3 +62,11 @@ class StaleHandleError(VramkitError, RuntimeError):
 
 class ReadOnlyWeightError(VramkitError, RuntimeError):
     """A write to the `.weight` of a converted layer, which would otherwise be lost in silence."""
+
+
+class PrecisionConfigError(VramkitError, ValueError):
+    """A quantization config that contradicts itself, or asks for what vramkit does not do."""
+
+
+class PrunedModuleError(VramkitError, RuntimeError):
+    """A call of a module whose weights were taken out because a trace never called it."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .accounts import CONTEXT_BYTES, Account, Placement, account_of
+from .bnb_config import QuantizationConfig, resolve
 from .breaks import checked_shape, checked_sum, known_dtype
 from .convert import Precision, convert, storage_format
 from .estimate_report import data_of, html_of, text_of
@@ -179,7 +180,7 @@ class MemoryEstimate:
 
 def estimate(
     model: nn.Module | str | os.PathLike[str],
-    precision: Precision | Mapping[str, Precision | None] | None = None,
+    precision: Precision | Mapping[str, Precision | None] | QuantizationConfig | None = None,
     inputs: Any = None,
     *,
     skip: Iterable[str] = (),
@@ -242,7 +243,8 @@ def estimate(
         plan.check_model(skeleton)
         precision = {entry.name: entry.format for entry in plan.entries}
     if precision is not None:
-        label = "mixed" if isinstance(precision, Mapping) else _label(precision)
+        wanted = resolve(precision)[0]
+        label = "mixed" if isinstance(wanted, Mapping) else _label(wanted)
         if label != "fp32":
             convert(skeleton, precision, skip=skip)
     found = MemoryEstimate(weight_bytes(skeleton), precision=label, target=aim.name)

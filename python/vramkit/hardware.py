@@ -9,6 +9,7 @@ import copy
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .capabilities import of_device
 from .precision import PrecisionMode
 from .sizes import GIB
 
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 LARGE_CARD_GB = 11.0
 MEDIUM_CARD_GB = 7.5
 
-_BF16_CAPABILITY = (8, 0)
-
 
 class VramUsage(NamedTuple):
     """What torch holds on the current CUDA device, in GiB; zeros where there is none."""
@@ -35,11 +34,10 @@ class VramUsage(NamedTuple):
 def has_native_bf16(device: str | torch.device | int | None = None) -> bool:
     """Whether a CUDA device computes in bfloat16 by itself (compute capability 8.0 or later).
 
-    torch.cuda.is_bf16_supported() also says yes where bfloat16 is emulated, and is not asked.
+    By the table of capabilities.py. torch.cuda.is_bf16_supported() also says yes where bfloat16 is
+    emulated, and is not asked.
     """
-    import torch
-
-    return torch.cuda.get_device_capability(device) >= _BF16_CAPABILITY
+    return of_device(device).native("bf16")
 
 
 def get_optimal_precision() -> PrecisionMode:

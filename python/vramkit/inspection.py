@@ -11,6 +11,7 @@ from torch import nn
 from . import _core
 from ._operators import fused_rows
 from .layers import QuantizedLayer
+from .layers.conv import QuantizedConv
 from .sizes import format_size
 
 
@@ -87,6 +88,8 @@ def _compute(layer: QuantizedLayer) -> str:
         return str(layer.compute_dtype).removeprefix("torch.")
     if layer.storage_format.activations:
         return "int8; the input's outside"
+    if layer.parts.codes.device.type != "cpu":
+        return "the input's"
     # Products follow the input; no CPU multiplies float16 at full rate.
     return "the input's; float16 in float32"
 
@@ -94,7 +97,7 @@ def _compute(layer: QuantizedLayer) -> str:
 def _kernel(layer: QuantizedLayer) -> str:
     device = layer.parts.codes.device
     if device.type != "cpu":
-        return f"none for {device.type}"
+        return _device_kernel(layer, device)
     isa = _core.active_isa()
     if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
         return f"{isa} row gather"
@@ -109,3 +112,27 @@ def _kernel(layer: QuantizedLayer) -> str:
     rows = fused_rows(layer.compute_dtype)
     rest = "torch" if layer.storage_format.storage_dtype == torch.bfloat16 else "panels + torch"
     return f"{isa} fused to {rows} rows, then {rest}"
+
+
+def _device_kernel(layer: QuantizedLayer, device: torch.device) -> str:
+    """The same away from the processor, by the operators that this build has there."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
+        operator, kernel = "embedding", "row gather"
+    elif isinstance(layer, (nn.Linear, nn.LSTMCell, nn.GRUCell, nn.RNNCell)):
+        fmt = layer.storage_format
+        operator, kernel = "linear", "fused to some rows, then decode + torch"
+        if fmt.activations == "int8_dynamic":
+            operator, kernel = "linear_int8", "int8 rows x int8"
+        elif fmt.activations:
+            operator = "linear_int8"
+            kernel = f"int8 rows x int8, columns from {fmt.threshold:g} in float32"
+    elif layer.storage_format.activations:
+        operator, kernel = "recurrent_int8", "int8 rows x int8"
+    elif isinstance(layer, QuantizedConv):
+        operator, kernel = "conv", "decode + torch"
+    else:
+        operator, kernel = "dequantize", "decode + torch"
+    if device.type not in ("cuda", "meta") or not has(f"vramkit::{operator}", "CUDA"):
+        return f"none for {device.type}"
+    return f"{device.type} {kernel}"

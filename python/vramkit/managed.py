@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from .model_manager import VRAMEfficientModelManager
     from .model_objects import Storages, TensorShape
 
+# (what a loader returned, the precision, the device): converts it in place and moves it.
+Prepare = Callable[[Any, PrecisionMode, "str | torch.device | None"], object]
+
 EVENTS = ("loading", "loaded", "evicting", "evicted", "failed")
 
 
@@ -60,6 +63,7 @@ class Component:
     shapes: list[TensorShape] | None = None  # before conversion, from the latest load
     measured: dict[PrecisionMode, int] = field(default_factory=dict)
     inputs: Any = None  # of an example call, for estimates of its peak
+    prepare: Prepare | None = None  # in place of the usual conversion
     estimates: dict[PrecisionMode, dict[str, Any]] = field(default_factory=dict)
 
 

@@ -45,6 +45,9 @@ def manifest_of(model: nn.Module) -> dict[str, Any]:
                 "shape": list(stored.shape),
                 "compute_dtype": str(stored.dtype).removeprefix("torch."),
             }
+            asked = getattr(module, "computes_in", None)
+            if asked is not None:
+                layers[user]["computes_in"] = str(asked).removeprefix("torch.")
             if fmt.name not in builtin and not fmt.activations:
                 formats[fmt.name] = {
                     "table": list(fmt.native.table),
@@ -78,12 +81,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             )
             for name, about in data["layers"].items()
         }
+        computes_in = {
+            name: _dtype_named(about["computes_in"])
+            for name, about in data["layers"].items()
+            if "computes_in" in about
+        }
         tied, aliases = dict(data["tied"]), dict(data.get("aliases", {}))
     except CheckpointError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{file} is no manifest of vramkit: {error!r}") from error
-    return {"layers": layers, "tied": tied, "aliases": aliases}
+    return {"layers": layers, "tied": tied, "aliases": aliases, "computes_in": computes_in}
 
 
 def convert_as_saved(model: nn.Module, manifest: dict[str, Any], folder: Path) -> None:
@@ -111,6 +119,8 @@ def convert_as_saved(model: nn.Module, manifest: dict[str, Any], folder: Path) -
                 f"{stored[name].shape}"
             )
         stored[name].dtype = dtype
+    for name, asked in manifest["computes_in"].items():
+        object.__setattr__(model.get_submodule(name), "computes_in", asked)
     for name, source_name in manifest["tied"].items():
         if name not in stored or source_name not in stored:
             raise CheckpointError(

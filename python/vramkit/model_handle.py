@@ -30,9 +30,10 @@ class Source(Protocol):
 class ModelHandle:
     """Stands for a managed model: delegates attributes, items and calls, and `isinstance`.
 
-    Modules among the attributes come as handles too, and methods that return the model itself
-    (`eval()`, `to()`) return the handle. Tensors, and modules that come out of iterators such as
-    `children()`, are the real ones. A use after the model was unloaded raises StaleHandleError.
+    Modules among the attributes, and plain objects that hold modules, come as handles too, and
+    methods that return the model itself (`eval()`, `to()`) return the handle. Tensors, and modules
+    that come out of iterators such as `children()`, are the real ones. A use after the model was
+    unloaded raises StaleHandleError.
     """
 
     __slots__ = (*_OWN, "__weakref__")
@@ -49,7 +50,7 @@ class ModelHandle:
     def __getattr__(self, name: str) -> Any:
         with _target(self) as target:
             value = getattr(target, name)
-            if isinstance(value, torch.nn.Module):
+            if isinstance(value, torch.nn.Module) or _holds_modules(value):
                 return _child(self, ("attribute", name), value)
             if getattr(value, "__self__", None) is target and callable(value):
                 return _method(self, name)
@@ -110,6 +111,16 @@ class ModelHandle:
             f".{key}" if kind == "attribute" else f"[{key!r}]" for kind, key in self._vramkit_path
         )
         return f"<handle of {source.name!r}{path}: {self._vramkit_type.__name__}, {state}>"
+
+
+def _holds_modules(value: Any) -> bool:
+    """Whether a plain object (not a method, function or class) leads to modules."""
+    plain = hasattr(value, "__dict__") and not callable(getattr(value, "__get__", None))
+    if not plain or isinstance(value, type) or hasattr(value, "__self__"):
+        return False
+    from .model_objects import find_modules
+
+    return bool(find_modules(value))
 
 
 @contextlib.contextmanager

@@ -29,7 +29,15 @@ from .hardware import (
     run_with_precision,
     setup_optimal_precision,
 )
-from .managed import EVENTS, Component, Load, ManagerEvent, known_bytes, known_call
+from .managed import (
+    EVENTS,
+    Component,
+    Load,
+    ManagerEvent,
+    Prepare,
+    known_bytes,
+    known_call,
+)
 from .manager_config import read_config, write_config
 from .precision import PrecisionMode
 from .sizes import format_size, parse_size
@@ -56,6 +64,7 @@ class VRAMEfficientModelManager:
         config_path: A JSON file that keeps what `set_precision_mode` was told. If it is there, it
             wins over `precision_mode` and over the precisions given to `register`.
         max_resident: How many models may be in memory at once.
+        aggressive_unloading: See the property of this name.
 
     Thread-safe. Observers and loaders run in the thread that caused them, with no lock held.
 
@@ -75,6 +84,7 @@ class VRAMEfficientModelManager:
         device: str | torch.device | None = None,
         config_path: str | os.PathLike[str] | None = None,
         max_resident: int = 1,
+        aggressive_unloading: bool = False,
     ) -> None:
         from ._native import _core
 
@@ -94,6 +104,8 @@ class VRAMEfficientModelManager:
         self._observers: list[tuple[str | None, Callable[[ManagerEvent], object]]] = []
         self._max_resident = max_resident
         self._aggressive = False
+        if aggressive_unloading:
+            self.aggressive_unloading = True
 
     # Registration and settings
 
@@ -105,6 +117,7 @@ class VRAMEfficientModelManager:
         *,
         checkpoint: str | os.PathLike[str] | None = None,
         inputs: Any = None,
+        prepare: Prepare | None = None,
     ) -> None:
         """Make a model known by name; nothing is loaded.
 
@@ -143,6 +156,7 @@ class VRAMEfficientModelManager:
             component = Component(
                 self._next_id, name, loader, self._saved.get(name, mode), checkpoint, inputs=inputs
             )
+            component.prepare = prepare
             self._next_id += 1
             self._ledger.add(component.id)
             self._components[name] = self._by_id[component.id] = component
@@ -191,6 +205,15 @@ class VRAMEfficientModelManager:
     def torch_dtype(self) -> torch.dtype:
         """Dtype of plain tensors at the manager's precision, after any fallback on its device."""
         return compute_dtype(self._mode, self._device)
+
+    @property
+    def device(self) -> str | torch.device | None:
+        """Where models are moved after conversion, at loads to come."""
+        return self._device
+
+    @device.setter
+    def device(self, device: str | torch.device | None) -> None:
+        self._device = device
 
     @property
     def aggressive_unloading(self) -> bool:
@@ -292,6 +315,20 @@ class VRAMEfficientModelManager:
         with self._lock:
             components = list(self._components.values())
         return sum(self._evict(component, timeout) for component in components)
+
+    def unload_idle_models(self) -> int:
+        """Unload every model that is not in use now; returns the bytes really freed."""
+        with self._lock:
+            idle = [
+                component
+                for component in self._components.values()
+                if self._ledger.entry(component.id).state == self._core.LedgerState.ready
+            ]
+        total = 0
+        for component in idle:
+            with contextlib.suppress(TimeoutError):  # taken into use in between
+                total += self._evict(component, 0.0)
+        return total
 
     def get_current_model_type(self) -> str | None:
         """Name of the model in memory that was used last; None if there is none."""
@@ -448,7 +485,7 @@ class VRAMEfficientModelManager:
             if model is None:
                 raise TypeError(f"the loader of {component.name!r} returned None, not a model")
             shapes = shapes_of(model)
-            apply_precision(model, mode, self._device)
+            (component.prepare or apply_precision)(model, mode, self._device)
             storages = Storages.of(model)
         except BaseException as error:
             model = None  # the traceback keeps this frame, and must not keep the model

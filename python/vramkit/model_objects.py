@@ -51,6 +51,44 @@ class TensorShape:
         return count * (dtype.itemsize if self.floating else self.itemsize)
 
 
+def named_roots(obj: Any) -> list[tuple[str, nn.Module]]:
+    """The modules that an object is or holds, by their paths in it; see `find_modules`.
+
+    An object that is a module itself has the path "".
+    """
+    found: list[tuple[str, nn.Module]] = []
+    seen: set[int] = set()
+    inside: set[int] = set()
+    pending = deque([("", obj, 0)])
+
+    def held(path: str, items: Iterable[tuple[Any, Any]], depth: int) -> None:
+        dot = path + "." if path else ""
+        pending.extend((f"{dot}{key}", value, depth) for key, value in items)
+
+    while pending:
+        path, value, depth = pending.popleft()
+        # By type(): a handle says that it is of its model's class.
+        opaque = isinstance(value, _OPAQUE) or type(value).__name__ in _FOREIGN
+        if id(value) in seen or opaque:
+            continue
+        seen.add(id(value))
+        if isinstance(value, nn.Module):
+            found.append((path, value))
+            for name, module in value.named_modules():
+                if module is not value:
+                    inside.add(id(module))
+                seen.add(id(module))
+                own = ((k, v) for k, v in vars(module).items() if k not in _REGISTERED)
+                held(".".join(part for part in (path, name) if part), own, depth + 1)
+        elif isinstance(value, dict):
+            held(path, value.items(), depth)
+        elif isinstance(value, (list, tuple, set, frozenset)):
+            held(path, enumerate(value), depth)
+        elif hasattr(value, "__dict__") and depth < _DEPTH:
+            held(path, vars(value).items(), depth + 1)
+    return [(path, module) for path, module in found if id(module) not in inside]
+
+
 def find_modules(obj: Any) -> list[nn.Module]:
     """The modules that an object is or holds, none of them a registered child of another.
 
@@ -58,31 +96,7 @@ def find_modules(obj: Any) -> list[nn.Module]:
     modules keep outside torch's registration (which `.to()` does not reach). Managers and handles
     are not followed: what they stand for is theirs.
     """
-    found: list[nn.Module] = []
-    seen: set[int] = set()
-    inside: set[int] = set()
-    pending = deque([(obj, 0)])
-    while pending:
-        value, depth = pending.popleft()
-        # By type(): a handle says that it is of its model's class.
-        opaque = isinstance(value, _OPAQUE) or type(value).__name__ in _FOREIGN
-        if id(value) in seen or opaque:
-            continue
-        seen.add(id(value))
-        if isinstance(value, nn.Module):
-            found.append(value)
-            for module in value.modules():
-                if module is not value:
-                    inside.add(id(module))
-                seen.add(id(module))
-                pending += [(v, depth + 1) for k, v in vars(module).items() if k not in _REGISTERED]
-        elif isinstance(value, dict):
-            pending += [(v, depth) for v in value.values()]
-        elif isinstance(value, (list, tuple, set, frozenset)):
-            pending += [(v, depth) for v in value]
-        elif hasattr(value, "__dict__") and depth < _DEPTH:
-            pending += [(v, depth + 1) for v in vars(value).values()]
-    return [module for module in found if id(module) not in inside]
+    return [module for _, module in named_roots(obj)]
 
 
 def tensors_of(obj: Any) -> Iterator[torch.Tensor]:

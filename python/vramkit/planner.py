@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .bnb_config import QuantizationConfig, resolve
 from .convert import (
     Candidate,
     Precision,
@@ -55,7 +56,8 @@ DEFAULT_FORMATS = (
 def weight_error(weight: torch.Tensor, fmt: StorageFormat) -> float:
     """||W - W'||^2 / ||W||^2 of storing `weight` in `fmt`, in float64 (0 for a zero weight).
 
-    Of a large weight, evenly spaced rows of about `SAMPLE_ELEMENTS` elements stand for all.
+    Of a large weight, evenly spaced rows of about `SAMPLE_ELEMENTS` elements stand for all. They
+    are encoded and compared on the CPU, also those of a weight on a GPU: the codes are the same.
     """
     from ._operators import encode
 
@@ -64,7 +66,8 @@ def weight_error(weight: torch.Tensor, fmt: StorageFormat) -> float:
     wanted = max(1, SAMPLE_ELEMENTS // max(1, cols))
     if rows > wanted:
         matrix = matrix[torch.arange(wanted, device=matrix.device) * rows // wanted]
-    matrix = matrix.to(torch.float32).contiguous()
+    # On the processor, whatever the weight's device: the bits are the same, the sample is small.
+    matrix = matrix.to("cpu", torch.float32).contiguous()
     parts = encode(matrix, fmt)
     sums = torch.ops.vramkit._squared_error(
         matrix, parts.codes, parts.scales, parts.extra, fmt.table_on(matrix.device), None, fmt.spec
@@ -99,6 +102,7 @@ def plan(
     rates: Rates | bool | None = None,
     rows: int = 1,
     slots: int = 2,
+    device: str | torch.device | None = None,
 ) -> Plan:
     """Choose the format, and if asked the place, of every layer: all fits and the least is lost.
 
@@ -135,6 +139,7 @@ def plan(
         rates: The time model's rates; True: `measure_rates`; None: that, where they are needed.
         rows: Rows of input that a layer sees in one pass (tokens, pixels), for its arithmetic.
         slots: Slots for streamed layers, each as large as the largest of its phase.
+        device: Where the model will compute: "cpu", "cuda"; None: where it is.
 
     The sum over layers of the relative squared errors is minimized exactly: a multiple-choice
     knapsack, solved natively with byte-exact sizes (docs/planning.md). On a CPU the limit bounds
@@ -157,8 +162,12 @@ def plan(
     settled = Rules.of(found, chosen, pin or {}, rules or {}, places)
     parts = Turns.of(model, found, turns, activations)
     peak = activations is not None
-    if inputs is not None and not peak and any(p.is_cuda for p in model.parameters()):
-        call = estimate(model, inputs=inputs, target=target_of(model))
+    from .offload.device import SeparateDevice, device_for
+
+    on = device_for(device)
+    target = on.target() if isinstance(on, SeparateDevice) else target_of(model)
+    if inputs is not None and not peak and target != "cpu":
+        call = estimate(model, inputs=inputs, target=target)
         parts.add_activations(call.activations_bytes or 0)
         peak = True
     if batches is not None:
@@ -187,7 +196,7 @@ def plan(
             layers.append(settled.layer(candidate, options, parts.component_of(candidate.name)))
     simple = places == ("device",) and prefer == "quality" and len(parts.names) == 1
     if rates is True or (rates is None and not simple):
-        if any(p.is_cuda for p in model.parameters()):
+        if target != "cpu":
             raise ValueError(
                 "rates are measured on processors only: give this device's with rates=Rates(...)"
             )
@@ -196,7 +205,7 @@ def plan(
     elif rates is False:
         rates = None
     host = None if host_limit is None else parse_size(host_limit)
-    pages = _page_bytes(limit, original, len(found), slots, parts, places)
+    pages = _page_bytes(limit, on.segment(original), len(found), slots, parts, places)
     answer = place_layers(
         layers,
         parts,
@@ -234,7 +243,7 @@ def plan(
     )
     if inputs is not None:
         by_name: Mapping[str, Precision | None] = {e.name: e.format for e in made.entries}
-        made.estimate = estimate(model, by_name, inputs, target=target_of(model))
+        made.estimate = estimate(model, by_name, inputs, target=target)
     return made
 
 
@@ -255,15 +264,22 @@ _SMALL_LIMIT = 1 << 20
 
 
 def _page_bytes(
-    limit: int, moved: int, layers: int, slots: int, parts: Turns, places: tuple[str, ...]
+    limit: int,
+    large: int,
+    layers: int,
+    slots: int,
+    parts: Turns,
+    places: tuple[str, ...],
 ) -> int:
-    """What slots, and residents of components that take turns, take beyond their bytes."""
-    from .offload.store import LARGE_PAGE, PAGE, SMALL
+    """What slots, and residents of components that take turns, take beyond their bytes.
+
+    `large` is what the engine takes of memory at once.
+    """
+    from .offload.places import PAGE
 
     turns = len(parts.names) > 1
     if limit < _SMALL_LIMIT or (places == ("device",) and not turns):
         return 0
-    large = LARGE_PAGE if moved >= SMALL else PAGE
     return large * (2 if turns else 1) + 2 * PAGE * slots + (2 * PAGE * layers if turns else 0)
 
 
@@ -342,15 +358,25 @@ def fit(
     skip: Iterable[str] = (),
     progress: bool | Progress = False,
     verify: bool = True,
+    precision: Precision | QuantizationConfig | None = None,
+    device: str | torch.device | None = None,
     **options: Any,
 ) -> nn.Module:
     """Plan and convert in one step: `model`, changed in place so that it fits; see `plan`.
+
+    On a GPU (`device`) what the plan does not stream is moved there.
 
     The plan stays readable as ``model.vramkit_plan``. With `verify` the first call without
     gradients is measured (it takes a little longer): ``print(model.vramkit_first_run)`` then shows
     what it took beside the estimate and the limit. A call that takes more than the limit, or over
     5 % off the estimate made for its shapes, is warned of. `options` are further ones of `plan`.
+
+    With a `precision` (or transformers' `BitsAndBytesConfig`, or an object with its fields) that is
+    the one format offered, in place of `formats`: layers stay plain as far as the limit lets them.
     """
+    wanted, skip, request = resolve(precision, skip)
+    if precision is not None:
+        formats = (wanted,)
     made = plan(
         model,
         vram_limit,
@@ -359,9 +385,13 @@ def fit(
         formats=formats,
         skip=skip,
         progress=progress,
+        device=device,
         **options,
     )
-    made.apply(model, progress=progress, inputs=inputs if len(made.phases) < 2 else None)
+    call = inputs if len(made.phases) < 2 else None
+    made.apply(model, progress=progress, inputs=call, device=device)
+    if request is not None:
+        request.finish(model)
     object.__setattr__(model, "vramkit_plan", made)
     if verify:
         object.__setattr__(model, "vramkit_first_run", watch_first_run(model, made, inputs))

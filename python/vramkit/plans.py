@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import nn
 
 from .convert import (
@@ -281,12 +282,14 @@ class Plan:
         progress: bool | Progress = False,
         inputs: Any = None,
         folder: str | os.PathLike[str] | None = None,
+        device: str | torch.device | None = None,
     ) -> nn.Module:
         """Convert `model` in place as planned, and return it; `calibration` as for `convert`.
 
         What the plan streams, or lets take turns, is offloaded as by `enable_vram_management`,
-        whose `inputs` and `folder` these are (with turns, `inputs` is a dict by component).
-        ``model.vramkit_session`` is the session.
+        whose `inputs`, `folder` and `device` these are (with turns, `inputs` is a dict by
+        component). ``model.vramkit_session`` is the session. A model of which nothing is streamed
+        moves to `device`.
 
         Raises ValueError if the plan was made for a model with other layers or shapes, or where a
         call cannot be followed, BudgetError if modules that move as one need more than was planned:
@@ -294,19 +297,21 @@ class Plan:
         """
         self.check_model(model)
         turns = len(self.phases) > 1
+        from .offload.device import device_for
+
+        on = device_for(device)
         if not self.streams:
             self.convert(model, calibration=calibration, progress=progress)
-            return model
+            return model if device is None else model.to(on.torch)
         from .offload import planned
 
-        if any(p.device.type != "cpu" for p in model.parameters()):
-            raise ValueError("only models on the CPU can be streamed so far (docs/gpu-status.md)")
+        planned.check_reach(model, on, turns)
         division = None
         if inputs is not None and not turns:
-            division = planned.check(self, model, inputs)
+            division = planned.check(self, model, inputs, on)
         before, _ = candidates(model)
         self.convert(model, calibration=calibration, progress=progress)
-        planned.stream(self, model, before, inputs, division, folder)
+        planned.stream(self, model, before, inputs, division, folder, on)
         return model
 
     def convert(

@@ -1,8 +1,8 @@
 """For which device an estimate is made, and which kernels run there.
 
 Tracing happens on fake tensors of the CPU whatever the target, so that no device is needed. What
-differs is decided here: which attention kernel a CUDA device of some compute capability takes.
-Sources: torch's sdp_utils.cpp and CUDABlas.cpp.
+differs is decided here, by capabilities.py: which attention kernel a CUDA device takes. Source:
+torch's sdp_utils.cpp.
 """
 
 from __future__ import annotations
@@ -15,17 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .capabilities import by_capability, explain
+
 if TYPE_CHECKING:
     from .recorder import Recorder
 
-# (least capability, flash attention, memory-efficient attention, bytes of cuBLAS' workspace). From
-# 8.0 on there is flash attention, from 5.0 memory-efficient; the workspace is torch's default, one
-# for each thread that multiplies.
-_CAPABILITIES = (
-    ((9, 0), True, True, 32 << 20),
-    ((8, 0), True, True, (4096 << 10) * 2 + (16 << 10) * 8),
-    ((5, 0), False, True, (4096 << 10) * 2 + (16 << 10) * 8),
-)
 _DEFAULT_CAPABILITY = (8, 0)
 _FLASH_HEAD = 256  # the widest head that flash attention takes
 _HALF = (torch.float16, torch.bfloat16)
@@ -69,6 +63,8 @@ class Target:
             f"cuBLAS' workspace of {self.blas_bytes} bytes is taken once and not counted; cuDNN's "
             "workspaces and recurrent layers' reserve space are not known without the device",
         ]
+        if self.capability is not None:
+            lines.append(f"{explain(self.capability)}; other formats are decoded for their product")
         if self.used:
             kernels = ", ".join(f"{name} ({n} calls)" for name, n in sorted(self.used.items()))
             lines.append(f"attention kernels assumed: {kernels}")
@@ -172,7 +168,15 @@ def parse_target(text: str | Target | None) -> Target:
         capability = torch.cuda.get_device_capability()
     else:
         capability, assumed = _DEFAULT_CAPABILITY, True
-    for least, flash, efficient, workspace in _CAPABILITIES:
-        if capability >= least:
-            return Target("cuda", capability, flash, efficient, workspace, assumed)
-    raise ValueError(f"target {text!r}: torch runs on no CUDA device below capability 5.0")
+    try:
+        row = by_capability(capability)
+    except ValueError as error:
+        raise ValueError(f"target {text!r}: {error}") from None
+    return Target(
+        "cuda",
+        capability,
+        row.flash_attention,
+        row.efficient_attention,
+        row.blas_workspace_bytes,
+        assumed,
+    )

@@ -87,7 +87,7 @@ TEST_F(EngineCuda, SegmentsComeAndGo) {
   try {
     memory.commit(start + 4 * kGranule, 2 * kGranule);
     FAIL();
-  } catch (const OutOfMemoryError& error) {
+  } catch (const DeviceMemoryError& error) {
     EXPECT_EQ(error.bytes(), kGranule);
     EXPECT_NE(std::string(error.what()).find("torch.cuda.empty_cache"), std::string::npos);
   }
@@ -226,6 +226,60 @@ TEST_F(EngineCuda, SteadyFromFilesTheCallerNeverWaits) {
   EXPECT_EQ(cuda_->resources(), resources);
   EXPECT_EQ(engine.stats().staging, 0);
   EXPECT_GT(cuda_->pinned(), 0);
+}
+
+TEST_F(EngineCuda, MemoryThatSomebodyElseHasIsPinnedForAsLongAsItIsASource) {
+  struct Shared {
+    HostMemory memory{kGranule};
+    Allocation bytes;
+    std::unique_ptr<PinnedRange> pinned;
+  };
+  EngineConfig c = pinned(5);
+  const std::int64_t own = cuda_->pinned();
+  std::string whole;
+  for (const std::string& block : contents_) whole += block;
+  const auto bytes = static_cast<std::int64_t>(whole.size());
+  auto shared = std::make_shared<Shared>();
+  shared->bytes = Allocation(shared->memory, bytes);
+  std::memcpy(shared->bytes.data(), whole.data(), whole.size());
+  const auto device = std::make_shared<CudaDevice>(cuda_, 0);
+  shared->pinned = std::make_unique<PinnedRange>(device, shared->bytes.data(), bytes);
+  EXPECT_EQ(cuda_->pinned(), own + bytes);
+  {
+    c.sources = {std::make_shared<MemorySource>(shared->bytes.data(), bytes, shared)};
+    shared.reset();  // the engine has it now
+    Engine engine(std::move(c));
+    for (int round = 0; round < 3; ++round) pass(engine);
+    settle(engine);
+    cuda_->finish();
+    const std::int64_t waits = cuda_->waits();
+    pass(engine);
+    settle(engine);
+    EXPECT_EQ(cuda_->waits(), waits);  // nothing goes through staging
+    EXPECT_GT(cuda_->pinned(), own);
+  }
+  EXPECT_EQ(cuda_->pinned(), own);
+  store_.reset();
+  expect_nothing_left();
+}
+
+TEST_F(EngineCuda, MemoryThatCannotBePinnedIsAnError) {
+  const auto device = std::make_shared<CudaDevice>(cuda_, 0);
+  HostMemory memory(kGranule);
+  const Allocation bytes(memory, kGranule);
+  std::memset(bytes.data(), 1, static_cast<std::size_t>(kGranule));
+  for (const CudaStatus status : {kCudaOutOfMemory, 719}) {
+    cuda_->fail([&](std::int64_t, const std::string& name) {
+      return name == "register_host" ? status : kCudaSuccess;
+    });
+    if (status == kCudaOutOfMemory) {
+      EXPECT_THROW(PinnedRange(device, bytes.data(), kGranule), OutOfMemoryError);
+    } else {
+      EXPECT_THROW(PinnedRange(device, bytes.data(), kGranule), DeviceError);
+    }
+    cuda_->fail(nullptr);
+  }
+  EXPECT_EQ(cuda_->pinned(), 0);
 }
 
 TEST_F(EngineCuda, MemoryThatIsNotPinnedGoesThroughMemoryThatIs) {

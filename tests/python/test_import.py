@@ -8,7 +8,8 @@ from conftest import RunPython
 
 HEAVY = ["transformers", "matplotlib", "torch._dynamo", "sympy", "rich", "tqdm", "click",
          "torch._subclasses", "torch.fx.experimental.symbolic_shapes", "safetensors", "PIL",
-         "pandas", "scipy", "IPython", "torch._inductor", "hypothesis"]  # fmt: skip
+         "pandas", "scipy", "IPython", "torch._inductor", "hypothesis", "fastapi", "pydantic",
+         "uvicorn", "prometheus_client"]  # fmt: skip
 
 SCRIPT = """
 import json, sys, time

@@ -10,6 +10,7 @@ import pytest
 import torch
 import vramkit
 from numerics import SAME_ROUNDINGS, UNIT, assert_within, gamma
+from test_cuda import DEVICES
 from test_real_weights import Setting
 from torch import Tensor, nn
 from torch.library import opcheck
@@ -30,11 +31,12 @@ SHAPES = [
 ]
 
 
-def weight(rows: int, cols: int) -> tuple[Tensor, Tensor, Tensor]:
+def weight(rows: int, cols: int, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
     """codes, scales, and codes * scales in float64."""
     parts = encode(torch.randn(rows, cols), vramkit.get_format("int8"))
-    scales = parts.scales.view(torch.float32).double()
-    return parts.codes, parts.scales, parts.codes.view(torch.int8).double() * scales
+    codes, scales = parts.codes.to(device), parts.scales.to(device)
+    wide = scales.view(torch.float32).double()
+    return codes, scales, codes.view(torch.int8).double() * wide
 
 
 def rounded_rows(x: Tensor, threshold: float = 0.0) -> Tensor:
@@ -64,14 +66,15 @@ def outer(bound: Tensor, expected: Tensor, dtype: torch.dtype) -> Tensor:
     return bound + UNIT[dtype] * (expected.abs() + bound) + 1e-7 * (dtype == torch.float16)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("rows", "out", "cols"), SHAPES, ids=str)
 def test_dynamic_product_against_float64(
-    rows: int, out: int, cols: int, dtype: torch.dtype
+    rows: int, out: int, cols: int, dtype: torch.dtype, device: str
 ) -> None:
-    codes, scales, dense = weight(out, cols)
-    x = torch.randn(rows, cols).to(dtype)
-    for bias in (None, torch.randn(out), torch.randn(out, dtype=dtype)):
+    codes, scales, dense = weight(out, cols, device)
+    x = torch.randn(rows, cols).to(device, dtype)
+    for bias in (None, *(torch.randn(out).to(device, kind) for kind in (torch.float32, dtype))):
         y = ops.linear_int8(x, codes, scales, bias, 0.0, "none", out)
         assert y.dtype == dtype
         exact = rounded_rows(x)
@@ -79,16 +82,19 @@ def test_dynamic_product_against_float64(
         assert_within(y, expected, outer(bound(exact, dense, bias), expected, dtype))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("outliers", [0, 1, 5, 70])
 @pytest.mark.parametrize("rows", [1, 9, 140])
-def test_llm_int8_against_float64(rows: int, outliers: int, dtype: torch.dtype) -> None:
-    cols, out = 200, 77
-    codes, scales, dense = weight(out, cols)
-    x = torch.randn(rows, cols).clamp(-5, 5).to(dtype)
+def test_llm_int8_against_float64(
+    rows: int, outliers: int, dtype: torch.dtype, device: str
+) -> None:
+    cols, out = 208, 80  # torch's product on CUDA takes multiples of 16 and 8
+    codes, scales, dense = weight(out, cols, device)
+    x = torch.randn(rows, cols).clamp(-5, 5).to(device, dtype)
     for column in torch.randperm(cols)[:outliers].tolist():
         x[torch.randint(rows, ()), column] = -6.0 if column % 2 else 40.0
-    bias = torch.randn(out)
+    bias = torch.randn(out).to(device)
     y = ops.linear_int8(x, codes, scales, bias, 6.0, "none", out)
     exact = rounded_rows(x, 6.0)
     expected = exact @ dense.t() + bias.double()
@@ -105,11 +111,13 @@ def test_the_bounds_can_fail() -> None:
         assert_within(y, exact @ dense.t(), bound(exact, dense, None))
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rows", [11, 40])
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu"])
-def test_fused_activations(activation: str) -> None:
-    codes, scales, _ = weight(40, 96)
-    x = torch.randn(11, 96, requires_grad=True)
-    bias = torch.randn(40, requires_grad=True)
+def test_fused_activations(activation: str, rows: int, device: str) -> None:
+    codes, scales, _ = weight(40, 96, device)
+    x = torch.randn(rows, 96).to(device).requires_grad_()
+    bias = torch.randn(40).to(device).requires_grad_()
     inner = ops.linear_int8(x, codes, scales, bias, 0.0, "none", 40)
     plain = {
         "gelu": lambda v: nn.functional.gelu(v),
@@ -134,9 +142,11 @@ def test_fused_activations(activation: str) -> None:
         assert torch.allclose(a, b, rtol=0, atol=float(b.abs().max()) * 64 * 2.0**-24)
 
 
-def test_gradients_are_those_of_the_decoded_weight() -> None:
-    codes, scales, dense = weight(24, 50)
-    x, bias = torch.randn(2, 5, 50, requires_grad=True), torch.randn(24, requires_grad=True)
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradients_are_those_of_the_decoded_weight(device: str) -> None:
+    codes, scales, dense = weight(24, 50, device)
+    x = torch.randn(2, 5, 50).to(device).requires_grad_()
+    bias = torch.randn(24).to(device).requires_grad_()
     y = ops.linear_int8(x, codes, scales, bias, 6.0, "none", 24)
     grad = torch.randn_like(y)
     grad_x, grad_bias = torch.autograd.grad(y, (x, bias), grad)
@@ -144,27 +154,32 @@ def test_gradients_are_those_of_the_decoded_weight() -> None:
     assert torch.allclose(grad_bias, grad.sum((0, 1)), rtol=0, atol=1e-5)
 
 
-def test_opcheck() -> None:
-    codes, scales, _ = weight(24, 50)
+@pytest.mark.parametrize("device", DEVICES)
+def test_opcheck(device: str) -> None:
+    codes, scales, _ = weight(24, 50, device)
     for shape in ((3, 50), (2, 4, 50), (50,)):
-        x = torch.randn(shape, requires_grad=True)
-        bias = torch.randn(24, requires_grad=True)
+        x = torch.randn(shape).to(device).requires_grad_()
+        bias = torch.randn(24).to(device).requires_grad_()
         for threshold, activation in ((0.0, "none"), (2.0, "silu"), (6.0, "gelu")):
             args = (x, codes, scales, bias, threshold, activation, 24)
             opcheck(ops.linear_int8.default, args)
-    opcheck(ops.quantize_rows.default, (torch.randn(4, 30), 2.0))
-    a, b = (torch.randint(-128, 128, (n, 30), dtype=torch.int8) for n in (4, 7))
+    opcheck(ops.quantize_rows.default, (torch.randn(4, 30).to(device), 2.0))
+    a, b = (torch.randint(-128, 128, (n, 30), dtype=torch.int8).to(device) for n in (4, 7))
     opcheck(ops.int8_mm.default, (a, b))
 
 
-@pytest.mark.parametrize("shape", [(0, 5, 8), (3, 0, 8), (3, 5, 0), (1, 1, 1), (17, 66, 2050)])
-def test_int8_mm(shape: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "shape", [(0, 5, 8), (3, 0, 8), (3, 5, 0), (1, 1, 1), (17, 66, 2050), (50, 72, 160)]
+)
+def test_int8_mm(shape: tuple[int, int, int], device: str) -> None:
     m, n, k = shape
     a, b = (torch.randint(-128, 128, (rows, k), dtype=torch.int8) for rows in (m, n))
-    expected = (a.long() @ b.long().t()).int()
+    expected = (a.long() @ b.long().t()).int().to(device)
+    a, b = a.to(device), b.to(device)
     assert torch.equal(ops.int8_mm(a, b), expected)
     assert torch.equal(ops.int8_mm(a.t().contiguous().t(), b), expected)
-    wide = torch.zeros(n, 2 * k + 3, dtype=torch.int8)
+    wide = torch.zeros(n, 2 * k + 3, dtype=torch.int8, device=device)
     wide[:, 1 : 1 + k] = b
     assert torch.equal(ops.int8_mm(a, wide[:, 1 : 1 + k]), expected)
 
@@ -195,16 +210,18 @@ def test_quantized_rows_are_those_of_bitsandbytes(dtype: torch.dtype, threshold:
     assert bool(found.numel()) == (threshold > 0)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rows", [5, 40])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_nan_and_infinity(dtype: torch.dtype) -> None:
-    codes, scales, _ = weight(20, 64)
-    x = torch.randn(5, 64).to(dtype)
-    clean = ops.linear_int8(x, codes, scales, None, 0.0, "none", 20)
+def test_nan_and_infinity(dtype: torch.dtype, rows: int, device: str) -> None:
+    codes, scales, _ = weight(24, 64, device)
+    x = torch.randn(rows, 64).to(device, dtype)
+    clean = ops.linear_int8(x, codes, scales, None, 0.0, "none", 24)
     x[1, 3], x[2, 4], x[3, 5] = torch.nan, torch.inf, -torch.inf
-    y = ops.linear_int8(x, codes, scales, None, 0.0, "none", 20)
+    y = ops.linear_int8(x, codes, scales, None, 0.0, "none", 24)
     assert y[1:4].isnan().all()
     assert torch.equal(y[[0, 4]], clean[[0, 4]])
-    outlier = ops.linear_int8(x, codes, scales, None, 6.0, "none", 20)
+    outlier = ops.linear_int8(x, codes, scales, None, 6.0, "none", 24)
     assert outlier[1].isnan().all()
     assert not outlier[2:4].isfinite().any()
     assert outlier[[0, 4]].isfinite().all()

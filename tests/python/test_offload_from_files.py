@@ -25,6 +25,7 @@ from odd_files import askew, assert_same_bits
 from torch import Tensor, nn
 from vramkit import _core
 from vramkit.errors import FileChangedError
+from vramkit.offload import homes
 from vramkit.offload import store as stores
 from vramkit.shards import SAFETENSORS_NAMES
 from vramkit.tensor_files import ModelFiles
@@ -133,7 +134,7 @@ def test_offloaded_from_where_it_is(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(stores, "PART", 2 * MB)
+    monkeypatch.setattr(homes, "PART", 2 * MB)
     model, x = built()
     if precision is not None:
         vramkit.convert(model, precision)
@@ -177,7 +178,7 @@ def test_offloaded_from_where_it_is(
 def test_scattered_blocks_are_gathered_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stores, "PART", 2 * MB)
+    monkeypatch.setattr(homes, "PART", 2 * MB)
     model, x = built()
     path = written(model, "scattered", tmp_path)
     stamps = []

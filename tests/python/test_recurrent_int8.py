@@ -16,6 +16,7 @@ import pytest
 import torch
 import vramkit
 from numerics import RECURRENCE
+from test_cuda import DEVICES
 from test_int8 import rounded_rows as rounded_or_nan
 from test_rnn import CASES, label, leaves, states
 from torch import Tensor, nn
@@ -31,11 +32,11 @@ INT8 = vramkit.get_format("int8")
 MODES = list(GATES)
 
 
-def stored(rows: int, cols: int) -> tuple[Tensor, Tensor, Tensor]:
+def stored(rows: int, cols: int, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
     """codes, scales and the decoded weight, about as large as torch initializes them."""
     parts = encode((torch.rand(rows, cols) * 2 - 1) / cols**0.5, INT8)
-    scales = parts.scales.view(torch.float32).double()
-    return parts.codes, parts.scales, parts.codes.view(torch.int8).double() * scales
+    codes, scales = parts.codes.to(device), parts.scales.to(device)
+    return codes, scales, codes.view(torch.int8).double() * scales.view(torch.float32).double()
 
 
 def rounded_rows(x: Tensor, threshold: float = 0.0) -> Tensor:
@@ -63,21 +64,23 @@ def close(mine: Tensor, theirs: Tensor, size: float = 1.0) -> None:
     assert error <= RECURRENCE * max(1.0, size)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("threshold", [0.0, 6.0, 0.7], ids=str)
 @pytest.mark.parametrize("projects", [False, True])
-def test_one_step_against_float64(mode: str, threshold: float, projects: bool) -> None:
+def test_one_step_against_float64(mode: str, threshold: float, projects: bool, device: str) -> None:
     if projects and mode != "LSTM":
         pytest.skip("an LSTM's own option")
     for batch, features, units in ((1, 1, 1), (1, 24, 32), (5, 33, 65), (70, 40, 130), (3, 7, 17)):
         state = max(1, units // 2) if projects else units
-        ih, hh = (stored(GATES[mode] * units, n) for n in (features, state))
-        hr = stored(state, units) if projects else None
-        biases = [torch.randn(GATES[mode] * units) for _ in range(2)]
-        x, h = torch.randn(batch, features), torch.rand(batch, state) * 2 - 1
+        ih, hh = (stored(GATES[mode] * units, n, device) for n in (features, state))
+        hr = stored(state, units, device) if projects else None
+        biases = [torch.randn(GATES[mode] * units).to(device) for _ in range(2)]
+        x = torch.randn(batch, features).to(device)
+        h = (torch.rand(batch, state) * 2 - 1).to(device)
         if threshold:
             x[0, 0] = 9.0
-        c = torch.randn(batch, units) if mode == "LSTM" else None
+        c = torch.randn(batch, units).to(device) if mode == "LSTM" else None
         out, new_h, new_c = ops.recurrent_int8(
             x, None, h, c, *ih[:2], *hh[:2], *(hr[:2] if hr else (None, None)), *biases, mode,
             threshold, False,
@@ -164,12 +167,18 @@ def converted(kind: Any, options: dict[str, Any], name: str = "int8_dynamic") ->
     return layer.eval()
 
 
+def on(device: str, value: Any) -> Any:
+    """Tensors of any structure there."""
+    return torch.utils._pytree.tree_map(lambda t: t.to(device), value)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", CASES, ids=label)
-def test_sequences_are_their_steps(case: Any) -> None:
-    layer = converted(*case)
-    x = torch.randn(5, 3, 24)
+def test_sequences_are_their_steps(case: Any, device: str) -> None:
+    layer = converted(*case).to(device)
+    x = torch.randn(5, 3, 24).to(device)
     ours = x.transpose(0, 1).contiguous() if layer.batch_first else x
-    hx = states(layer, 3)
+    hx = on(device, states(layer, 3))
     for given in (None, hx):
         first = given if given is not None else torch.utils._pytree.tree_map(torch.zeros_like, hx)
         found = leaves(layer(ours, given))
@@ -188,13 +197,14 @@ def _pick(value: Any, b: int) -> Any:
     return torch.utils._pytree.tree_map(lambda t: t[:, b], value)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", CASES, ids=label)
-def test_packed_sequences_are_their_sequences(case: Any) -> None:
-    layer = converted(*case)
+def test_packed_sequences_are_their_sequences(case: Any, device: str) -> None:
+    layer = converted(*case).to(device)
     layer.batch_first = False
-    sequences = [torch.randn(n, 24) for n in (3, 7, 1, 5)]
+    sequences = [torch.randn(n, 24).to(device) for n in (3, 7, 1, 5)]
     packed = pack_sequence(sequences, enforce_sorted=False)
-    hx = states(layer, 4)
+    hx = on(device, states(layer, 4))
     for given in (None, hx):
         out, last = layer(packed, given)
         whole, lengths = nn.utils.rnn.pad_packed_sequence(out)
@@ -265,13 +275,14 @@ def test_gradients_of_packed_sequences_and_twice() -> None:
         first.sum().backward()
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("mode", MODES)
 @torch.enable_grad()
-def test_opcheck(mode: str) -> None:
-    ih, hh = stored(GATES[mode] * 20, 12), stored(GATES[mode] * 20, 20)
-    x, h = torch.randn(6, 12, requires_grad=True), torch.randn(2, 20, requires_grad=True)
-    c = torch.randn(2, 20, requires_grad=True) if mode == "LSTM" else None
-    bias = torch.randn(GATES[mode] * 20, requires_grad=True)
+def test_opcheck(mode: str, device: str) -> None:
+    ih, hh = stored(GATES[mode] * 20, 12, device), stored(GATES[mode] * 20, 20, device)
+    x, h = (torch.randn(shape).to(device).requires_grad_() for shape in ((6, 12), (2, 20)))
+    c = torch.randn(2, 20).to(device).requires_grad_() if mode == "LSTM" else None
+    bias = torch.randn(GATES[mode] * 20).to(device).requires_grad_()
     for steps, threshold in ((None, 0.0), ([2, 2, 1, 1], 2.0)):
         for reverse in (False, True):
             args = (
@@ -294,9 +305,10 @@ def test_low_precision_and_autocast() -> None:
             assert {leaf.dtype for leaf in leaves(layer(x))} == {torch.bfloat16}
 
 
-def test_nan_stays_in_its_row() -> None:
-    layer = converted(nn.LSTM, {})
-    x = torch.randn(4, 3, 24)
+@pytest.mark.parametrize("device", DEVICES)
+def test_nan_stays_in_its_row(device: str) -> None:
+    layer = converted(nn.LSTM, {}).to(device)
+    x = torch.randn(4, 3, 24).to(device)
     clean, _ = layer(x)
     x[1, 0, 5] = torch.nan
     x[2, 1, 6] = torch.inf

@@ -14,6 +14,7 @@
 
 #include "core/engine/layout.hpp"
 #include "core/error.hpp"
+#include "core/platform/process.hpp"
 #include "core/text.hpp"
 
 namespace vramkit {
@@ -87,6 +88,7 @@ class Work {
   std::int64_t done() const { return done_; }
 
   void run() noexcept {
+    name_this_thread("vramkit-read");
     Allocation staging;
     try {
       while (!stopping_) {

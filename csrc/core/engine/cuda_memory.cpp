@@ -50,10 +50,10 @@ void CudaDevice::check(CudaStatus status, const char* what) const {
 void CudaDevice::check_memory(CudaStatus status, const char* what, std::int64_t bytes) const {
   if (status != kCudaOutOfMemory) return check(status, what);
   calls_->clear_last_error();
-  throw OutOfMemoryError(name_ + ": no memory: " + what + " of " + std::to_string(bytes) +
-                             " bytes failed; other programs, or torch's cache "
-                             "(torch.cuda.empty_cache()), may hold it",
-                         bytes);
+  throw DeviceMemoryError(name_ + ": no memory: " + what + " of " + std::to_string(bytes) +
+                              " bytes failed; other programs, or torch's cache "
+                              "(torch.cuda.empty_cache()), may hold it",
+                          bytes);
 }
 
 OnDevice::OnDevice(const CudaDevice& device) : device_(device) {
@@ -212,6 +212,18 @@ void PinnedMemory::commit(std::byte* start, std::int64_t bytes) {
 void PinnedMemory::decommit(std::byte* start, std::int64_t bytes) noexcept {
   if (device_->usable()) device_->succeeded(device_->calls().unregister_host(start));
   host_.decommit(start, bytes);
+}
+
+PinnedRange::PinnedRange(std::shared_ptr<const CudaDevice> device, std::byte* start,
+                         std::int64_t bytes)
+    : device_(std::move(device)), start_(start) {
+  const OnDevice here(*device_);
+  device_->check_memory(device_->calls().register_host(start, bytes), "pinning memory of the host",
+                        bytes);
+}
+
+PinnedRange::~PinnedRange() {
+  if (device_->usable()) device_->succeeded(device_->calls().unregister_host(start_));
 }
 
 }  // namespace vramkit

@@ -116,4 +116,19 @@ class PinnedMemory : public Memory {
   HostMemory host_{4096};
 };
 
+// Memory of the host that somebody else has, such as a shared mapping, registered with the device
+// for as long as this lives. Whoever has it keeps it for longer.
+class PinnedRange {
+ public:
+  // Throws OutOfMemoryError, DeviceError.
+  PinnedRange(std::shared_ptr<const CudaDevice> device, std::byte* start, std::int64_t bytes);
+  PinnedRange(const PinnedRange&) = delete;
+  PinnedRange& operator=(const PinnedRange&) = delete;
+  ~PinnedRange();
+
+ private:
+  const std::shared_ptr<const CudaDevice> device_;
+  std::byte* const start_;
+};
+
 }  // namespace vramkit

@@ -39,6 +39,7 @@ void Engine::stop_threads() noexcept {
 }
 
 void Engine::work(Worker& worker) {
+  name_this_thread("vramkit-copy");
   Lock lock(mutex_);
   while (true) {
     work_.wait(lock, [&] { return stopping_ || !queue_.empty(); });

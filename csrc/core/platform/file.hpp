@@ -33,9 +33,9 @@ class Descriptor {
 // the path names something else (a folder, a pipe, a device): those have no size and no offsets.
 Descriptor open_regular_file(const std::string& path);
 
-// A new file in a folder, for writing, that never has a name there: nothing is left of it once it is
-// closed. Where the file system has no such files, it has a name for the moment between making and
-// unlinking it. Throws SystemError.
+// A new file in a folder, for writing, that never has a name there: nothing is left of it once it
+// is closed. Where the file system has no such files, it has a name for the moment between making
+// and unlinking it. Throws SystemError.
 Descriptor open_unnamed_file(const std::string& folder);
 
 // Bytes of the file behind the descriptor now. Throws SystemError.

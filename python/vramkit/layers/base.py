@@ -181,7 +181,15 @@ class QuantizedLayer(nn.Module):
             else:
                 other = None if value is None else nn.Parameter(value, requires_grad=False)
             self._parameters[part_name(name, part)] = other
+        self._tables()
         self._resized()
+
+    def _tables(self) -> None:
+        """Have the codebooks on the weights' device before a compiler or a graph looks on."""
+        for name, stored in self._stored.items():
+            device = self.stored_part(name, "codes").device
+            if device.type not in ("cpu", "meta"):
+                stored.fmt.table_on(device)
 
     def _resized(self) -> None:
         """Bring the layer's own size attributes in line with its weight's shape."""
@@ -200,6 +208,7 @@ class QuantizedLayer(nn.Module):
                 0, dtype=stored.dtype, device="cpu" if device.type == "meta" else device
             )
             stored.dtype = fn(probe).dtype
+        self._tables()
         return self
 
 
@@ -326,7 +335,8 @@ def unswap(layer: QuantizedLayer, weights: nn.Parameter | dict[str, nn.Parameter
             layer._parameters.pop(part_name(name, part))
     order = layer.__dict__.pop("_plain_order")
     layer.__dict__.pop("_stored")
-    layer.__dict__.pop("_shares_parts", None)
+    for own in ("_shares_parts", "computes_in", "_fp8_computation"):
+        layer.__dict__.pop(own, None)
     layer.__class__ = layer._base  # type: ignore[assignment]
     # In the order that state dicts of plain layers have.
     found = {**plain, **layer._parameters}

@@ -39,7 +39,8 @@ class QuantizedEmbedding(_Rows, nn.Embedding):
     """Rows of the weight by index; only the rows asked for are decoded.
 
     indices: any shape, int32 or int64; the result is [*indices.shape, embedding_dim] in the
-    compute dtype. An index out of range raises IndexError.
+    compute dtype. An index out of range raises IndexError on a CPU; on CUDA it stops the device, as
+    torch's own embedding does, because looking first would make the host wait.
     """
 
     def forward(self, input: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from .._operators import FLOATS, run_linear, unobserved
 from .._operators_int8 import linear_int8, run_linear_int8
+from .._scaled import LEAST_ROWS, fp8_linear, supported, wants_fp8
 from .base import (
     QuantizedLayer,
     autocast_dtype,
@@ -29,12 +30,17 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
     """
 
     activation_modes = ("", "int8_dynamic", "llm_int8")
+    # Asked for by a config (bnb_4bit_compute_dtype): x is cast to it, and y back. Autocast wins.
+    computes_in: torch.dtype | None = None
     in_features: int
     out_features: int
     bias: nn.Parameter | None  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output, [..., out_features]."""
+        asked = self.computes_in
+        if asked is not None and x.dtype != asked and not torch.is_autocast_enabled(x.device.type):
+            return self.forward(x.to(asked)).to(x.dtype)
         fmt = self._stored["weight"].fmt
         # Past what module look-ups take: small layers need a few microseconds.
         # Whoever shards, offloads or parametrizes may keep parameters elsewhere, or as other types.
@@ -47,6 +53,7 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
             and x.shape[-1:] == (self.in_features,)
             and x.dtype in FLOATS
             and not torch.is_autocast_enabled("cpu")
+            and "_fp8_computation" not in self.__dict__
         ):
             codes, scales, bias = own["codes"], own["scales"], own["bias"]
             if fmt.activations:
@@ -75,6 +82,8 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
             return linear_int8(
                 x, self.codes, self.scales, self.bias, fmt.threshold, "none", self.out_features
             )
+        if wants_fp8(self) and self._in_fp8(x):
+            return fp8_linear(x, self.codes, self.scales, self.bias, self.out_features, fmt)
         out: Tensor = torch.ops.vramkit.linear(
             x,
             self.codes,
@@ -86,6 +95,17 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
             self.out_features,
         )
         return out
+
+    def _in_fp8(self, x: Tensor) -> bool:
+        """Whether a product that was asked for in FP8 is one here; it has no derivative."""
+        bias = self.bias
+        if torch.is_grad_enabled() and (
+            x.requires_grad or (bias is not None and bias.requires_grad)
+        ):
+            return False
+        rows = x.numel() // max(1, self.in_features)
+        shape = (rows, self.out_features, self.in_features)
+        return rows >= LEAST_ROWS and supported(x.device, shape, self._stored["weight"].fmt)
 
     def _resized(self) -> None:
         self.out_features, self.in_features = self.weight_shape

@@ -181,6 +181,8 @@ class QuantizedRNN(_Recurrent):
         if any(name in self._stored and self._stored[name].fmt.activations for name in names):
             return self._run_directions(x, states, sizes, names)
         weights = [self._plain(name, x.dtype) for name in names]
+        if x.is_cuda:
+            self._gather(x, weights)
         state = tuple(states) if self.mode == "LSTM" else states[0]
         run = getattr(_VF, self.mode.lower())
         options = (weights, self.bias, 1, 0.0, self.training, self.bidirectional)
@@ -189,6 +191,37 @@ class QuantizedRNN(_Recurrent):
         else:
             out, *last = run(x, state, *options, False)
         return out, tuple(last)
+
+    def _gather(self, x: Tensor, weights: list[Tensor]) -> None:
+        """Put the decoded weights of one layer in one run of memory, as cuDNN takes them.
+
+        Otherwise torch copies them there itself, and warns of it, in every call. Not while
+        gradients are recorded, which know the tensors as they are.
+        """
+        recorded = torch.is_grad_enabled() and any(
+            t.requires_grad for t in (x, *weights, *self.parameters(recurse=False))
+        )
+        if recorded or type(x) is not Tensor or torch.compiler.is_compiling():
+            return
+        if not (torch.backends.cudnn.is_acceptable(x) and torch._use_cudnn_rnn_flatten_weight()):  # type: ignore[attr-defined]
+            return
+        # Biases are the layer's own parameters, whose memory stays where it is.
+        own = {id(p) for p in self.parameters(recurse=False)}
+        weights[:] = [w.detach().clone() if id(w) in own else w for w in weights]
+        mode = torch.backends.cudnn.rnn.get_cudnn_mode(self.mode)
+        each = (4 if self.bias else 2) + (1 if self.proj_size else 0)
+        with torch.no_grad(), torch.cuda.device_of(x):
+            torch._cudnn_rnn_flatten_weight(  # type: ignore[attr-defined]
+                weights,
+                each,
+                x.shape[-1],
+                mode,
+                self.hidden_size,
+                self.proj_size,
+                1,
+                False,
+                self.bidirectional,
+            )
 
     def _run_directions(
         self, x: Tensor, states: list[Tensor], sizes: Tensor | None, names: list[str]

@@ -18,6 +18,7 @@ class Kept(NamedTuple):
     parameter: nn.Parameter
     version: int
     reads: Callable[[], None]  # told that backward reads the store there
+    device: torch.device
 
     def checked(self) -> Tensor:
         """The tensor, unless the weight was changed since: then RuntimeError, as torch does it."""
@@ -29,7 +30,7 @@ class Kept(NamedTuple):
                 f"and {self.version} was expected)"
             )
         self.reads()
-        return self.tensor
+        return self.tensor.to(self.device, non_blocking=True)
 
 
 class _Nothing:

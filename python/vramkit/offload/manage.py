@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import _core
 from ..convert import Progress
 from ..errors import BudgetError
-from ..estimator import weight_bytes
+from ..estimator import estimate, weight_bytes
 from ..first_run import by_name
 from ..probing import cache_folder
 from ..sizes import format_size, parse_size
 from .blocks import Block, Division, divide, touches_of
+from .device import HOST, HostDevice, SeparateDevice, device_for
 from .lent import Lent, Uncompiled, not_a_graph
 from .pipeline import PipelineSession, Turns, components_of
 from .pressure import Pressure, PressureEvent
 from .session import OffloadSession
-from .store import LARGE_PAGE, PAGE, SMALL, BlockStore, empty_specs
+from .store import BlockStore, empty_specs
 
 SLOTS, DEPTH, THREADS = 3, 1, 2
 
@@ -42,8 +44,9 @@ class Settings:
     folder: str
     pressure: bool | Callable[[PressureEvent], None] = True
     slots: int = SLOTS
-    on_host: Collection[str] = ()
+    on_host: Collection[str] | None = None
     progress: bool | Progress = False
+    device: HostDevice = HOST
 
 
 def enable_vram_management(
@@ -56,12 +59,13 @@ def enable_vram_management(
     pressure: bool | Callable[[PressureEvent], None] = True,
     skip: Collection[str] = (),
     progress: bool | Progress = False,
+    device: str | torch.device | None = None,
 ) -> Any:
     """Keep at most `vram_limit` of the model's weights in memory; the rest is read when needed.
 
     Args:
-        model: A module on the CPU, plain or converted; or a pipeline: an object that holds modules,
-            which then take turns. Changed in place, and returned.
+        model: A module, plain or converted, on the CPU or `device`; or a pipeline: an object that
+            holds modules, which then take turns. Changed in place, and returned.
         vram_limit: Bounds the weights in memory: a number of GiB, or text such as "6 GB". None: all
             the memory that is available now.
         vram_buffer: Kept free within the limit.
@@ -74,10 +78,14 @@ def enable_vram_management(
         skip: Components of a pipeline that stay in memory whole.
         progress: True for a progress bar of the writing, or a function of (bytes done, bytes in
             all, module).
+        device: Where the model computes: "cpu" (by default), "cuda" or "cuda:1". On a GPU the limit
+            bounds everything there, torch's tensors too, whose share is capped; blocks wait in
+            pinned memory of the host as far as that has room, else in the file; inputs are moved.
 
-    The weights are written to one file, which goes with the session, and read from it block by
-    block, ahead of need, past the page cache where the file is not in it. The limit bounds weights:
-    a call's own memory comes on top. ``model.vramkit_session`` has `stats`, `resize`, `disable`.
+    On the CPU, the weights are written to one file, which goes with the session, and read from it
+    block by block, ahead of need, past the page cache where the file is not in it. The limit bounds
+    weights: a call's own memory comes on top. ``model.vramkit_session`` has `stats`, `resize`,
+    `disable`.
 
     The parameters stay parameters, views of the file: they can be read, copied, saved and changed
     at any time. Raises BudgetError, which says the smallest limit that would do; ValueError where
@@ -86,9 +94,12 @@ def enable_vram_management(
     """
     if getattr(model, "vramkit_session", None) is not None:
         raise ValueError("this model is offloaded already; model.vramkit_session.disable() first")
-    limit = _available() if vram_limit is None else parse_size(vram_limit)
+    on = device_for(device)
+    limit = available(on) if vram_limit is None else parse_size(vram_limit)
     where = os.fspath(folder) if folder is not None else str(cache_folder() / "blocks")
-    settings = Settings(limit, parse_size(vram_buffer), where, pressure, progress=progress)
+    settings = Settings(
+        limit, parse_size(vram_buffer), where, pressure, progress=progress, device=on
+    )
     # A module that has no forward is a bag of components. (A compiled one has it as an attribute.)
     whole = isinstance(model, nn.Module) and (
         type(model).forward is not nn.Module.forward or "forward" in vars(model)
@@ -98,10 +109,14 @@ def enable_vram_management(
         return model
     if skip:
         raise ValueError("skip= names components of a pipeline; this is one module")
-    _on_cpu(model)
+    in_reach(model, on)
 
     def begin(call: Any) -> None:
-        start(model, divide(model, touches_of(model, call)), settings)
+        with on_the_host(model, on):
+            call = inputs_on_host(call, on)
+            division = divide(model, touches_of(model, call))
+            needs = call_bytes(model, call, on)
+        start(model, division, replace(settings, buffer=settings.buffer + needs))
 
     if inputs is not None:
         begin(inputs)
@@ -127,9 +142,9 @@ def enable_pipeline(
     if unknown:
         raise ValueError(f"skip= names {min(unknown)!r}, of {', '.join(components)}")
     for module in components.values():
-        _on_cpu(module)
-    turns = Turns(settings.limit - settings.buffer)
-    session = PipelineSession(pipeline, components, turns, settings.folder, skip)
+        in_reach(module, HOST)
+    turns = Turns(settings.limit - settings.buffer, settings.buffer)
+    session = PipelineSession(pipeline, components, turns, settings.folder, skip, settings.device)
     try:
         for name, module in session.moved.items():
             asked = places[name] if places is not None else None
@@ -147,14 +162,19 @@ def _starter(
     settings: Settings, session: PipelineSession, places: Places | None
 ) -> Callable[[nn.Module, Any], OffloadSession]:
     def begin(module: nn.Module, inputs: Any) -> OffloadSession:
-        cap, streamed_ids, host_ids = places if places is not None else (None, None, ())
+        cap, streamed_ids, host_ids = places if places is not None else (None, None, None)
         names = {id(p): n for n, p in module.named_parameters()}
         streamed = None
         if streamed_ids is not None:
             streamed = {n for i, n in names.items() if i in streamed_ids}
-        on_host = {n for i, n in names.items() if i in host_ids}
+        on_host = None
+        if host_ids is not None:
+            on_host = {n for i, n in names.items() if i in host_ids}
         taken = session.names_taken(module)
-        touches = touches_of(module, inputs)
+        with on_the_host(module, settings.device):
+            inputs = inputs_on_host(inputs, settings.device)
+            touches = touches_of(module, inputs)
+            needs = 0 if places is not None else call_bytes(module, inputs, settings.device)
         division = divide(module, touches, cap, stay=taken, streamed=streamed)
         if not division.blocks:  # a layer that is called by itself
             own = [n for n in names.values() if n not in taken]
@@ -168,7 +188,7 @@ def _starter(
         before = turns.fixed_bytes
         turns.settle(turns.room, before + session.waiting_bytes(stay))
         try:
-            mine = replace(settings, limit=turns.room, buffer=0, on_host=on_host)
+            mine = replace(settings, limit=turns.room, buffer=needs, on_host=on_host)
             found = start(module, division, mine, turns=turns)
         except BaseException:
             turns.settle(turns.room, before)
@@ -179,9 +199,49 @@ def _starter(
     return begin
 
 
-def _on_cpu(model: nn.Module) -> None:
-    if any(p.device.type != "cpu" for p in model.parameters()):
-        raise ValueError("only models on the CPU can be offloaded so far (docs/gpu-status.md)")
+def in_reach(model: nn.Module, device: HostDevice) -> None:
+    """ValueError for a model that is neither on the CPU nor on the device."""
+    reach = {torch.device("cpu"), device.torch}
+    elsewhere = {p.device for p in (*model.parameters(), *model.buffers())} - reach
+    if elsewhere:
+        names = " or ".join(sorted(str(d) for d in reach))
+        raise ValueError(
+            f"the model is on {min(map(str, elsewhere))}, and can be offloaded from {names}: move "
+            "it to the CPU first, or say device="
+        )
+
+
+def inputs_on_host(call: Any, device: HostDevice) -> Any:
+    """A call's inputs as a trace takes them."""
+    if not device.apart:
+        return call
+    return torch.utils._pytree.tree_map_only(
+        Tensor, lambda t: t.cpu() if t.device == device.torch else t, call
+    )
+
+
+@contextlib.contextmanager
+def on_the_host(model: nn.Module, device: HostDevice) -> Iterator[None]:
+    """Buffers of a model are on the host meanwhile, where calls are followed."""
+    moved = [b for b in model.buffers() if device.apart and b.device == device.torch]
+    before = [b.data for b in moved]
+    try:
+        for buffer in moved:
+            buffer.data = buffer.data.cpu()
+        yield
+    finally:
+        for buffer, data in zip(moved, before, strict=True):
+            buffer.data = data
+
+
+def call_bytes(model: nn.Module, call: Any, device: HostDevice) -> int:
+    """What a call takes on a device apart, inputs too; 0 where the limit bounds weights alone."""
+    if not isinstance(device, SeparateDevice):
+        return 0
+    found = estimate(model, inputs=call, target=device.target())
+    assert found.activations_bytes is not None
+    interval = found.activations_interval_bytes
+    return found.inputs_bytes + (found.activations_bytes if interval is None else interval[1])
 
 
 def at_first_call(model: nn.Module, begin: Callable[[Any], Any]) -> None:
@@ -204,11 +264,9 @@ def at_first_call(model: nn.Module, begin: Callable[[Any], Any]) -> None:
     Lent(model, around)  # takes the place of the model's forward
 
 
-def _available() -> int:
+def available(device: HostDevice) -> int:
     """Bytes that this process may still take."""
-    from ..doctor import available_memory
-
-    found = available_memory()
+    found = device.free_bytes()
     if found is None:
         raise ValueError("this system does not say what memory is available; give vram_limit")
     return found
@@ -227,7 +285,12 @@ def start(
     moved = sum(block.nbytes for block in division.blocks)
     fixed = weight_bytes(model) - moved
     store = BlockStore(
-        model, division.blocks, settings.folder, settings.progress, on_host=settings.on_host
+        model,
+        division.blocks,
+        settings.folder,
+        settings.progress,
+        on_host=_waiting(division, settings),
+        device=settings.device,
     )
 
     def make_engine(division: Division, store: BlockStore, room: int) -> _core.Engine:
@@ -244,6 +307,7 @@ def start(
             buffer_bytes=settings.buffer,
             fixed_bytes=fixed,
             turns=turns,
+            device=settings.device,
         )
     except BudgetError as error:
         store.undo()
@@ -258,6 +322,24 @@ def start(
         session.pressure = Pressure(session, settings.pressure)
     object.__setattr__(model, "vramkit_session", session)
     return session
+
+
+def _waiting(division: Division, settings: Settings) -> Collection[str]:
+    """Parameters that wait in memory of the host: what a plan says, else all that it has room for.
+
+    None without a device apart: memory is what is short then.
+    """
+    if settings.on_host is not None:
+        return settings.on_host
+    if not isinstance(settings.device, SeparateDevice):
+        return ()
+    room = settings.device.host_room()
+    found: list[str] = []
+    for block in division.blocks:
+        if block.nbytes <= room:
+            room -= block.nbytes
+            found += block.parameters
+    return frozenset(found)
 
 
 def _engine(
@@ -276,7 +358,8 @@ def _engine(
         depth=DEPTH,
         slots=settings.slots,
         threads=THREADS,
-        granularity=PAGE if moved < SMALL else LARGE_PAGE,
+        granularity=settings.device.segment(moved),
+        device=settings.device.engine_name,
     )
 
 

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from ..errors import VramkitError
 from .blocks import Block, Division
+from .device import HostDevice
 
 
-def _modules(model: nn.Module) -> Iterator[nn.Module]:
+def modules_of(model: nn.Module) -> Iterator[nn.Module]:
     """All of them, once each. `model.modules()` takes three times as long, in every call."""
     seen = {id(model)}
     stack = [model]
@@ -27,11 +28,13 @@ def _modules(model: nn.Module) -> Iterator[nn.Module]:
                 stack.append(child)
 
 
-def survey(model: nn.Module, blocks: set[int]) -> tuple[int, int]:
-    """How many parameters of the blocks (ids) are in the model, and the bytes of all others."""
+def survey(model: nn.Module, blocks: set[int], others: dict[int, Tensor]) -> tuple[int, int]:
+    """How many parameters of the blocks (ids) are in the model, and the bytes of all others.
+
+    `others` gets these, by id.
+    """
     found: set[int] = set()
-    others: dict[int, Tensor] = {}
-    for module in _modules(model):
+    for module in modules_of(model):
         for tensor in module._parameters.values():
             if tensor is None:
                 continue
@@ -52,7 +55,7 @@ class Owners:
         self.block = {id(p): index for index, found in enumerate(blocks) for p in found}
         self.modules: dict[int, list[nn.Module]] = {}  # by the parameter's id
         self.others: set[int] = set()
-        for module in _modules(model):
+        for module in modules_of(model):
             for parameter in module._parameters.values():
                 if parameter is None:
                     continue
@@ -81,7 +84,7 @@ class Owners:
             if index is not None:
                 found[index].append(present)
                 placed.add(id(present))
-        for module in _modules(model):
+        for module in modules_of(model):
             index = heir.get(id(module))
             if index is None:
                 continue
@@ -136,10 +139,10 @@ def division_of(
     return Division(made, order, stays, before.changing | unknown), index
 
 
-def check_on_the_cpu(parameters: Iterable[nn.Parameter]) -> None:
-    """VramkitError where the model was moved while it was offloaded."""
+def check_device(parameters: Iterable[nn.Parameter], device: HostDevice) -> None:
+    """VramkitError where the model was moved elsewhere while it was offloaded."""
     for parameter in parameters:
-        if parameter.device.type != "cpu":
+        if parameter.device.type != "cpu" and parameter.device != device.torch:
             raise VramkitError(
                 f"a parameter of shape {tuple(parameter.shape)} was moved to {parameter.device} "
                 "while the model was offloaded from the CPU; move the model back, or disable the "

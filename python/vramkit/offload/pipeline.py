@@ -18,7 +18,9 @@ from ..model_objects import find_modules
 from ..sizes import format_size, parse_size
 from ..tensor_files import ModelFiles
 from .blocks import Block
+from .device import HOST, HostDevice, SeparateDevice
 from .lent import Around, Lent, Uncompiled, not_a_graph
+from .placed import Placed, hide_device, show_device
 from .report import OffloadReport
 from .session import OffloadSession
 from .store import BlockStore
@@ -33,13 +35,14 @@ class Turns:
 
     Attributes:
         room: Bytes for all of them, at any time.
+        buffer: Bytes that are kept free beside them.
         fixed_bytes: What always stays in memory, of all components.
         current: Whose turn it is.
         lock: Held while a block of any of them is called.
     """
 
-    def __init__(self, room: int) -> None:
-        self.room, self.fixed_bytes = room, 0
+    def __init__(self, room: int, buffer: int = 0) -> None:
+        self.room, self.buffer, self.fixed_bytes = room, buffer, 0
         self.lock = Turn()
         self.sessions: list[OffloadSession] = []
         self.current: OffloadSession | None = None
@@ -56,24 +59,29 @@ class Turns:
                     "components that take turns cannot call each other from within their blocks: "
                     f"{error}; offload them as one module"
                 ) from error
-        self.current = session
+        before, self.current = self.current, session
+        session.share()
+        if before is not None:
+            before.device.unshare(before)
 
     def settle(self, room: int, fixed: int) -> None:
         """Another room for all; BudgetError, with nothing changed, where one of them needs more."""
-        left = room - fixed
         open_ones = [s for s in self.sessions if not s.engine.closed]  # others are made anew
         for session in open_ones:
+            left = room - fixed - session.buffer_bytes
             least = session.engine.minimum
             if left < least:
                 raise BudgetError(
                     f"of {format_size(room)}, {format_size(max(0, left))} are left for blocks "
                     "beside what always stays in memory, and a component that took its turn before "
                     f"needs {format_size(least)}",
-                    least + fixed,
+                    least + fixed + session.buffer_bytes,
                 )
         for session in open_ones:
-            session.engine.resize(left)
+            session.engine.resize(room - fixed - session.buffer_bytes)
         self.room, self.fixed_bytes = room, fixed
+        if self.current is not None:
+            self.current.share()
 
 
 class Shelf:
@@ -121,8 +129,10 @@ class PipelineSession:
         turns: Turns,
         folder: str,
         skip: Collection[str] = (),
+        device: HostDevice = HOST,
     ) -> None:
-        self.components, self.turns = dict(components), turns
+        self.components, self.turns, self.device = dict(components), turns, device
+        self._placed = Placed(device) if isinstance(device, SeparateDevice) else None
         self.moved = {name: m for name, m in components.items() if name not in skip}
         self.sessions: dict[str, OffloadSession] = {}
         self._pipeline = pipeline
@@ -142,6 +152,12 @@ class PipelineSession:
         try:
             for name, module in self.moved.items():
                 self._shelves[name] = Shelf(module, folder, shelved)
+            if self._placed is not None:
+                device.share(self, 0)  # what torch has now is none of the pipeline's
+                skipped = [m for name, m in components.items() if name in skip]
+                self._placed.take(t for m in skipped for t in (*m.parameters(), *m.buffers()))
+                for module in components.values():
+                    show_device(module, device.torch)
         except BaseException:
             self.disable()
             raise
@@ -253,7 +269,11 @@ class PipelineSession:
             for shelf in self._shelves.values():
                 shelf.take_off()
             self._shelves = {}
+            if self._placed is not None:
+                self._placed.undo()
+            self.device.unshare(self)
             for component in self.components.values():
+                hide_device(component)
                 for module in component.modules():
                     module.__dict__.pop("vramkit_files", None)
             object.__setattr__(self._pipeline, "vramkit_session", None)

@@ -14,7 +14,17 @@ from ..layers import QuantizedLayer
 from ..layers.base import PART_NAMES
 from ..probing import cache_folder
 from .blocks import Division, divide, touches_of
-from .manage import Settings, at_first_call, check_room, enable_pipeline, start
+from .device import HOST, HostDevice
+from .manage import (
+    Settings,
+    at_first_call,
+    check_room,
+    enable_pipeline,
+    in_reach,
+    inputs_on_host,
+    on_the_host,
+    start,
+)
 
 if TYPE_CHECKING:
     from ..plans import Plan
@@ -45,7 +55,10 @@ def tiers_of(plan: Plan, model: nn.Module, before: list[Candidate]) -> dict[str,
 
 
 def settings_of(
-    plan: Plan, tiers: Mapping[str, str], folder: str | os.PathLike[str] | None
+    plan: Plan,
+    tiers: Mapping[str, str],
+    folder: str | os.PathLike[str] | None,
+    device: HostDevice,
 ) -> Settings:
     """What the plan says of memory: its limit, and the calls' own memory as part of the buffer."""
     activations = max((phase.activations_bytes for phase in plan.phases), default=0)
@@ -56,6 +69,7 @@ def settings_of(
         where,
         slots=plan.slots,
         on_host=frozenset(name for name, tier in tiers.items() if tier == "host"),
+        device=device,
     )
 
 
@@ -71,19 +85,25 @@ def _cap(plan: Plan, component: str) -> int | None:
     return sizes[0] if sizes and sizes[0] else None
 
 
-def check(plan: Plan, model: nn.Module, inputs: Any) -> Division:
+def check_reach(model: nn.Module, device: HostDevice, turns: bool) -> None:
+    """ValueError for a model that is elsewhere."""
+    in_reach(model, HOST if turns else device)
+
+
+def check(plan: Plan, model: nn.Module, inputs: Any, device: HostDevice) -> Division:
     """The division of a model that is still to be converted; BudgetError if it does not fit.
 
     Nothing of the model is changed, or read.
     """
     from ..estimator import meta_copy
 
-    skeleton = meta_copy(model)
-    before, _ = candidates(skeleton)
-    plan.convert(skeleton)
-    tiers = tiers_of(plan, skeleton, before)
-    division = divided(plan, skeleton, inputs, tiers)
-    check_room(skeleton, division, settings_of(plan, tiers, None))
+    with on_the_host(model, device):
+        skeleton = meta_copy(model)
+        before, _ = candidates(skeleton)
+        plan.convert(skeleton)
+        tiers = tiers_of(plan, skeleton, before)
+        division = divided(plan, skeleton, inputs_on_host(inputs, device), tiers)
+    check_room(skeleton, division, settings_of(plan, tiers, None, device))
     return division
 
 
@@ -94,18 +114,25 @@ def stream(
     inputs: Any,
     division: Division | None,
     folder: str | os.PathLike[str] | None,
+    device: HostDevice,
 ) -> None:
     """Offload the converted model as the plan says; without a division at its first call."""
     tiers = tiers_of(plan, model, before)
-    settings = settings_of(plan, tiers, folder)
+    settings = settings_of(plan, tiers, folder, device)
     if len(plan.phases) > 1:
         components = {p.name: model.get_submodule(p.name) for p in plan.phases}
         parameters = dict(model.named_parameters())
         streamed = {id(parameters[name]) for name in tiers}
-        by_id = {id(parameters[name]) for name in settings.on_host}
+        by_id = {id(parameters[name]) for name in settings.on_host or ()}
         places = {name: (_cap(plan, name), streamed, by_id) for name in components}
         enable_pipeline(model, components, settings, inputs, (), places)
     elif division is not None:
         start(model, division, settings)
     else:
-        at_first_call(model, lambda call: start(model, divided(plan, model, call, tiers), settings))
+
+        def begin(call: Any) -> None:
+            with on_the_host(model, device):
+                found = divided(plan, model, inputs_on_host(call, device), tiers)
+            start(model, found, settings)
+
+        at_first_call(model, begin)

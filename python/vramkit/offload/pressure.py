@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from .. import _core
-from ..doctor import available_memory
 from ..sizes import format_size
 
 if TYPE_CHECKING:
@@ -68,9 +67,10 @@ class Pressure:
         low: int = LOW,
         high: int = HIGH,
         seconds: float = SECONDS,
-        free: Callable[[], int | None] = available_memory,
+        free: Callable[[], int | None] | None = None,
     ) -> None:
-        self._session, self._callback, self._free = session, callback, free
+        self._session, self._callback = session, callback
+        self._free = session.device.free_bytes if free is None else free
         self._gauge = _core.PressureGauge(low, high)
         self._seconds = seconds
         self._next = 0.0
@@ -87,6 +87,7 @@ class Pressure:
         change = self._gauge.observe(free)
         engine = self._session.engine
         if change < 0:
+            self._session.device.empty_cache()
             given = engine.give_up(-change)
             if given:
                 self._tell(PressureEvent("given_up", given, free))
@@ -112,7 +113,7 @@ class Pressure:
         cache of keys and values), or has drawn random numbers. The error, of the type that torch
         raised, says so.
         """
-        random = torch.get_rng_state()
+        random = self._session.device.random_state()
         before = _versions((args, kwargs))
         given = 0
         while True:
@@ -131,7 +132,7 @@ class Pressure:
                     why += "the call less to do"
                 elif not repeatable or before is None or _versions((args, kwargs)) != before:
                     why = "the block was not run again: it may have changed what it was given"
-                elif not torch.equal(torch.get_rng_state(), random):
+                elif not torch.equal(self._session.device.random_state(), random):
                     why = "the block was not run again: it has drawn random numbers"
                 if why is not None:
                     wanted = bytes_asked_for(error)
@@ -143,8 +144,13 @@ class Pressure:
 
     def _give_up_for(self, error: BaseException) -> int:
         wanted = bytes_asked_for(error)
-        engine = self._session.engine
-        return engine.give_up(wanted if wanted is not None else engine.stats().resident_bytes)
+        engine, device = self._session.engine, self._session.device
+        before = engine.stats()
+        given = engine.give_up(wanted if wanted is not None else before.resident_bytes)
+        if device.apart and given:
+            self._session.grant(before.limit - engine.stats().limit)
+            device.empty_cache()  # a cache in pieces may be what was too small
+        return given
 
     def _tell(self, event: PressureEvent) -> None:
         self._session.pressure_events.append(event)

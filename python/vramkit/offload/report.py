@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import nn
 
 from .. import _core
-from ..rates import Rates, measure_rates
+from ..rates import Rates
 from ..sizes import format_size
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from ..report.live import Watch
     from .blocks import Division
+    from .device import HostDevice
     from .store import BlockStore
 
 RECORDS = 20_000  # kept of a timeline by default: 40 bytes each
@@ -313,7 +314,9 @@ def disk_rate(path: str | os.PathLike[str]) -> float | None:
             except OSError as error:
                 failed.append(error)
 
-    threads = [threading.Thread(target=read, args=(i,)) for i in range(_THREADS)]
+    threads = [
+        threading.Thread(target=read, args=(i,), name="vramkit-measure") for i in range(_THREADS)
+    ]
     try:
         os.fsync(descriptor)  # what is still to be written is not the reads' doing
         start = time.perf_counter()
@@ -332,6 +335,7 @@ class Seen:
     division: Division
     store: BlockStore
     engine: _core.Engine
+    device: HostDevice
     buffer_bytes: int
     _records = 0
     _rates: Rates | None = None
@@ -355,8 +359,8 @@ class Seen:
         Nothing is measured unasked: rates are unknown until then, and the report says so.
         """
         if measure:
-            disk = disk_rate(self.store.path)
-            link = measure_rates((), disk=False).link_bytes_per_second
+            disk = disk_rate(self.store.path) if self.store.reads_files else None
+            link = self.device.link_rate()
             rates = Rates(link_bytes_per_second=link, disk_bytes_per_second=disk or 0.0)
         if rates is not None:
             self._rates = rates

@@ -7,29 +7,33 @@ the store's file before the next; what came or went is noticed when the model is
 
 from __future__ import annotations
 
-import enum
 import sys
 import threading
 import types
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import _core
 from ..errors import BudgetError, VramkitError
-from ..sizes import format_size, parse_size
+from ..sizes import parse_size
 from .blocks import Division
+from .changes import Changing, ordinary
+from .device import HOST, HostDevice, SeparateDevice
 from .gradients import Kept, saving
+from .graphs import Graphs, capture_all
+from .guests import Guest, Open, State, Terms
 from .lent import Lent, Uncompiled, not_a_graph, refuse_freezing
-from .membership import Owners, check_on_the_cpu, division_of, survey
+from .membership import Owners, survey
 from .ordering import Station
 from .pages import Pages
+from .placed import Placed, hide_device, show_device
 from .pressure import Pressure, PressureEvent
 from .report import Seen
-from .store import BlockStore, Place
+from .store import BlockStore
 from .turns import Turn, runs
 
 if TYPE_CHECKING:
@@ -42,52 +46,7 @@ class OffloadWarning(UserWarning):
     """Something that is done for an offloaded model cannot be done as well as elsewhere."""
 
 
-# What a session makes lasts longer than the inference mode that a call may be in.
-_ordinary: Any = torch.inference_mode(False)
-
-
-class _State(enum.Enum):
-    """Of a block's parameters, against what its store and the engine have."""
-
-    SAME = enum.auto()
-    WRITTEN = enum.auto()
-    OTHER = enum.auto()  # of another dtype, shape or device
-
-
-class _Guest:
-    """One block as the session sees it: its parameters, where they lie, who is inside."""
-
-    def __init__(self, entries: Sequence[nn.Module]) -> None:
-        self.entries = list(entries)
-        self.index: int | None = None  # in the engine; None: it has no parameters any more
-        self.inside = 0
-        self.places: list[Place] = []
-        self.slots: dict[int, list[Tensor]] = {}  # by address in the arena
-
-    def home(self, views: list[Tensor], mapped: int) -> None:
-        """The views of the store, and the versions that the parameters had there.
-
-        Of the views, so many are of a file.
-        """
-        self.views = views
-        self.versions = [place.parameter._version for place in self.places]
-        self.geometry = [(v.data_ptr(), v.dtype, v.shape, v.stride()) for v in views]
-        of_file = list(zip(views, self.places, strict=True))[:mapped]
-        starts = [view.data_ptr() for view, _ in of_file if view.numel()]
-        ends = [view.data_ptr() + place.nbytes for view, place in of_file]
-        self.address = min(starts, default=0)
-        self.nbytes = max(ends, default=0) - self.address
-
-
-class _Open(NamedTuple):
-    """A call of a block that has begun; `frame` is None where compiled code has it."""
-
-    guest: _Guest
-    thread: int
-    frame: types.FrameType | None
-
-
-class OffloadSession(Seen):
+class OffloadSession(Changing, Seen):
     """What `enable_vram_management` sets up for a model.
 
     One thread at a time is inside a block.
@@ -110,7 +69,13 @@ class OffloadSession(Seen):
         buffer_bytes: int,
         fixed_bytes: int,
         turns: Turns | None = None,
+        device: HostDevice = HOST,
     ) -> None:
+        self.device = device
+        self.placed = Placed(device) if isinstance(device, SeparateDevice) else None
+        self.graphs: Graphs | None = None
+        self.visits: list[tuple[str, int]] | None = None  # where blocks lay, while it is asked
+        self._refusing: dict[int, Any] = {}  # hooks of parameters, by their ids
         self.division, self.store, self._model = division, store, model
         self._own_fixed, self.buffer_bytes, self._limit = fixed_bytes, buffer_bytes, limit
         self._make_engine = make_engine
@@ -118,23 +83,41 @@ class OffloadSession(Seen):
         self._lock = Turn() if turns is None else turns.lock
         self.pressure_events: list[PressureEvent] = []
         self.pressure: Pressure | None = Pressure(self)
-        self._open: list[_Open] = []
-        self._in_graph: _Guest | None = None  # brought by compiled code
+        self._open: list[Open] = []
+        self._in_graph: Guest | None = None  # brought by compiled code
         self._depth = 0  # of calls of blocks, one within the other
-        self._read_by_backward: _Guest | None = None
+        self._read_by_backward: Guest | None = None
         self._pages = _pages()
         self._guests = [
-            _Guest([model.get_submodule(entry) for entry in block.entries])
+            Guest([model.get_submodule(entry) for entry in block.entries], ", ".join(block.entries))
             for block in division.blocks
         ]
         self._move_in(list(range(len(self._guests))))
-        self._start_engine()
+        try:
+            if self.placed is not None:
+                others: dict[int, Tensor] = {}
+                survey(model, self._moved, others)
+                self.placed.known(others.values())
+                self.share()
+                self.placed.take(others.values())
+            self._start_engine()
+        except BaseException:
+            self._leave_the_device()
+            raise
+        # Compiled code would hold parameters for tensors of the host: it ends before each block
+        # there, as it does where gradients are kept.
+        compiled = not device.apart
         self._stations = [Station(self._before_the_model, _nothing)]
-        self._lent = [Lent(model, self._around_the_model(), self._stations[0])]
+        self._lent = [
+            Lent(model, self._around_the_model(), self._stations[0] if compiled else None)
+        ]
         for guest in self._guests:
             around, station = self._around_a_block(guest), self._station(guest)
             self._stations.append(station)
-            self._lent += [Lent(module, around, station) for module in guest.entries]
+            lends = station if compiled else None
+            self._lent += [Lent(module, around, lends) for module in guest.entries]
+        if device.apart:
+            show_device(model, device.torch)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copy of the model is a resident one."""
@@ -142,6 +125,9 @@ class OffloadSession(Seen):
 
     def __reduce__(self) -> Any:
         return type(None), ()
+
+    def _session(self) -> OffloadSession:
+        return self
 
     def _move_in(self, indices: Sequence[int | None]) -> None:
         """Every block has the parameters that the store has for it."""
@@ -156,6 +142,7 @@ class OffloadSession(Seen):
         self._moved = {id(p) for found in parameters for p in found}
         self._owners = Owners(self._model, parameters)
         modules = dict(self._model.named_modules())
+        self._paths = {id(module): path for path, module in modules.items()}
         changing = (modules.get(path) for path in self.division.changing)
         self._changing = {id(module) for module in changing if module is not None}
 
@@ -177,6 +164,25 @@ class OffloadSession(Seen):
         """Bytes that blocks may take: the limit less the buffer and what stays."""
         return max(0, self.limit_bytes - self.buffer_bytes - self.fixed_bytes)
 
+    def share(self) -> None:
+        """On a device apart, torch may take what the limit leaves beside this session's blocks."""
+        there = self.placed.there if self.placed is not None else 0
+        if self.turns is None:
+            self.device.share(self, max(0, self._limit - self.room), there)
+        elif self.turns.current is self or self.turns.current is None:
+            whole = self.turns.room + self.turns.buffer
+            self.device.share(self, max(0, whole - self.room), there)
+
+    def grant(self, nbytes: int) -> None:
+        """Calls need so much more than was thought: blocks have less from now on."""
+        self.buffer_bytes += nbytes
+        self.share()
+
+    def _leave_the_device(self) -> None:
+        if self.placed is not None:
+            self.placed.undo()
+        self.device.unshare(self)
+
     @property
     def device_bytes(self) -> int:
         """What the model's weights take now: what stays, residents and slots."""
@@ -184,6 +190,7 @@ class OffloadSession(Seen):
 
     def _start_engine(self) -> None:
         self._made_for: int | None = None  # until all of it is there
+        self.graphs = None  # of other addresses
         for guest in self._guests:
             guest.slots = {}
         state = self.store.state
@@ -193,7 +200,7 @@ class OffloadSession(Seen):
             self.engine.park()  # it takes its memory with its turn
         if self._records:
             self.record(self._records)
-        self._arena = torch.frombuffer(self.engine.view(), dtype=torch.uint8)
+        self._arena = self.device.whole(self.engine)
         self._made_for = state
 
     def _around_the_model(self) -> Callable[..., Any]:
@@ -201,11 +208,12 @@ class OffloadSession(Seen):
         def around(lent: Lent, args: Any, kwargs: Any) -> Any:
             with Uncompiled() as compiler:
                 self._before_the_model()
+                args, kwargs = self.device.take((args, kwargs))
                 return compiler.again(lent.inner, args, kwargs)
 
         return around
 
-    def _around_a_block(self, guest: _Guest) -> Callable[..., Any]:
+    def _around_a_block(self, guest: Guest) -> Callable[..., Any]:
         @not_a_graph
         def around(lent: Lent, args: Any, kwargs: Any) -> Any:
             with Uncompiled() as compiler, self._lock:
@@ -214,7 +222,8 @@ class OffloadSession(Seen):
                 self._leave_graph()
                 self._enter(guest, sys._getframe())
                 try:
-                    with saving(self._in_store):
+                    with self.device.mark(guest.label), saving(self._in_store):
+                        args, kwargs = self.device.take((args, kwargs))
                         return self._apart(self._run(compiler, lent, args, kwargs))
                 finally:
                     self._leave(guest)
@@ -225,12 +234,18 @@ class OffloadSession(Seen):
         def forward(*args: Any, **kwargs: Any) -> Any:
             return compiler.again(lent.inner, args, kwargs)
 
-        if self.pressure is None:
-            return forward(*args, **kwargs)
-        repeatable = id(lent.module) not in self._changing
-        return self.pressure.run(forward, args, kwargs, repeatable=repeatable)
+        def under_pressure(*args: Any, **kwargs: Any) -> Any:
+            if self.pressure is None:
+                return forward(*args, **kwargs)
+            repeatable = id(lent.module) not in self._changing
+            return self.pressure.run(forward, args, kwargs, repeatable=repeatable)
 
-    def _station(self, guest: _Guest) -> Station:
+        if self.graphs is None or self._depth > 1 or compiler.compiling:
+            return under_pressure(*args, **kwargs)
+        path = self._paths.get(id(lent.module), "")
+        return self.graphs.call(forward, lent.module, path, under_pressure, args, kwargs)
+
+    def _station(self, guest: Guest) -> Station:
         """The same for compiled code, which has at most one block at a time.
 
         One that is called within another's call takes its turn over: what is left of the outer one
@@ -268,31 +283,18 @@ class OffloadSession(Seen):
             self._leave_graph()
             self._look_at_the_model()
 
-    def _enter(self, guest: _Guest, frame: types.FrameType | None) -> None:
+    def _enter(self, guest: Guest, frame: types.FrameType | None) -> None:
         if self._open:
             self._tidy()
-        self._open.append(_Open(guest, threading.get_ident(), frame))
+        self._open.append(Open(guest, threading.get_ident(), frame))
         if guest.inside == 0:
-            state = _State.OTHER if self.engine.closed else self._state(guest)
-            if state is not _State.SAME:
+            state = State.OTHER if self.engine.closed else self._state(guest)
+            if state is not State.SAME:
                 self._follow(guest, state)
             if guest.index is not None:
                 self._bring(guest, guest.index)
         guest.inside += 1
         self._depth += 1
-
-    @_ordinary
-    def _follow(self, guest: _Guest, state: _State) -> None:
-        """The file and the engine have what the block's parameters are now."""
-        if self._depth:
-            raise VramkitError(
-                f"a weight of block {guest.index} was changed within the call of another block; "
-                "change weights between calls"
-            )
-        if state is _State.WRITTEN:
-            self._write_back(guest)
-        else:
-            self._rebuild()
 
     def _tidy(self) -> None:
         """A signal broke a call off between two steps of entering or leaving a block."""
@@ -305,46 +307,81 @@ class OffloadSession(Seen):
             if guest.inside or guest.index is None:
                 continue
             for place, view in zip(guest.places, guest.views, strict=True):
-                lies = place.parameter.data_ptr() - self.engine.base
-                if 0 <= lies < self.engine.reserved:
+                if self._is_lent(place.parameter.data_ptr(), guest):
                     place.parameter.data = view
             self._give_back(guest.index)
         if not live and self._made_for != self.store.state:
             self.engine.close()  # and is made anew by the next call
         self._depth, self._open = len(live), live  # last: a signal may break this off too
 
-    def _goes_on(self, one: _Open) -> bool:
+    def _goes_on(self, one: Open) -> bool:
         if one.frame is None:
             return self._in_graph is one.guest
         return runs(one.thread, one.frame)
+
+    def _is_lent(self, address: int, guest: Guest) -> bool:
+        """Whether it is one of the engine's, as a place of this block."""
+        if self._arena is not None:
+            return 0 <= address - self.engine.base < self.engine.reserved
+        return any(0 <= address - at < guest.nbytes_there for at in guest.slots)
 
     def _give_back(self, index: int) -> None:
         """A signal may come between a lease and its address."""
         if self.engine.closed or index >= len(self.engine):
             return
         if self.engine.block_stats(index).state == _core.BlockStatus.in_use:
-            self.engine.release(index)
+            self.engine.release(index, self.device.stream())
 
-    def _bring(self, guest: _Guest, index: int) -> None:
+    def _bring(self, guest: Guest, index: int) -> None:
         if self.turns is not None:
             self.turns.take(self)
-        if self.pressure is not None:
+        if self.pressure is not None and not self.device.apart:
             self.pressure.look()
-        with _Terms(self):
-            address = self.engine.acquire(index)
+        with Terms(self):
+            address = self._acquire(index)
+        guest.at = address
+        if self.visits is not None:
+            self.visits.append((guest.label, address))
         views = guest.slots.get(address)
         if views is None:
             views = guest.slots[address] = self._views_at(address, guest, index)
         for place, view in zip(guest.places, views, strict=True):
             place.parameter.data = view
+        if self.device.apart and torch.is_grad_enabled():
+            self._refuse_gradients(guest)
 
-    @_ordinary
-    def _views_at(self, address: int, guest: _Guest, index: int) -> list[Tensor]:
-        start = address - self.engine.base
-        run = self._arena[start : start + self.store.sizes[index]]
+    def _acquire(self, index: int) -> int:
+        stream = self.device.stream()
+        try:
+            return self.engine.acquire(index, stream)
+        except MemoryError as error:
+            if not self.device.apart or isinstance(error, BudgetError):
+                raise
+            self.device.empty_cache()
+        try:
+            return self.engine.acquire(index, stream)
+        except MemoryError as error:
+            raise self.device.out_of_memory(str(error)) from error
+
+    def _refuse_gradients(self, guest: Guest) -> None:
+        """A parameter's gradient would be on the device, and it on the host, after the call."""
+        for place in guest.places:
+            parameter = place.parameter
+            if parameter.requires_grad and id(parameter) not in self._refusing:
+                self._refusing[id(parameter)] = parameter.register_hook(_no_gradient)
+
+    @ordinary
+    def _views_at(self, address: int, guest: Guest, index: int) -> list[Tensor]:
+        size = self.store.sizes[index]
+        guest.nbytes_there = size
+        if self._arena is None:
+            run = self.device.tensor(self.engine.window(address, size))
+        else:
+            start = address - self.engine.base
+            run = self._arena[start : start + size]
         return [place.view(run) for place in guest.places]
 
-    def _leave(self, guest: _Guest) -> None:
+    def _leave(self, guest: Guest) -> None:
         guest.inside -= 1
         self._depth -= 1
         if guest.inside or guest.index is None:
@@ -354,120 +391,14 @@ class OffloadSession(Seen):
             if place.parameter._version != version:  # changed in the slot: the store learns of it
                 view.copy_(place.parameter.data)
             place.parameter.data = view
-        self.engine.release(guest.index)
+        self.engine.release(guest.index, self.device.stream())
         self._open.pop()
-
-    def _look_at_the_model(self) -> None:
-        """Parameters that came or went since the last call: blocks and limit follow."""
-        if self._open:
-            self._tidy()
-        if self._depth:
-            return  # a block calls the model again
-        found, fixed = survey(self._model, self._moved)
-        if found != len(self._moved) or self.engine.closed:
-            self._rebuild()
-        elif fixed != self._own_fixed:
-            self._stays(fixed)
-
-    def _stays(self, fixed: int) -> None:
-        """Another part of the limit stays in memory."""
-        if self.turns is None:
-            self._set_room(self._limit, fixed)
-        else:
-            self.turns.settle(self.turns.room, self.turns.fixed_bytes + fixed - self._own_fixed)
-            self._own_fixed = fixed
-
-    @_ordinary
-    def _set_room(self, limit: int, fixed: int) -> None:
-        """Another limit, or another part of it that stays. BudgetError: all is as it was."""
-        before = self._limit, self._own_fixed
-        self._limit, self._own_fixed = limit, fixed
-        try:
-            with _Terms(self):
-                # An engine keeps its slots: a new one can do with fewer, or has room for more than
-                # the one in which nothing can be loaded ahead.
-                cramped = self.engine.stats().slots == 1 and self.room > self._planned_for
-                try:
-                    self.engine.resize(self.room)
-                except BudgetError:
-                    if self._depth:
-                        raise
-                    cramped = True
-                if cramped and not self._depth:
-                    self.engine.close()
-                    self._start_engine()
-        except BaseException:
-            self._limit, self._own_fixed = before
-            if self.engine.closed:
-                self._start_engine()
-            raise
-
-    @_ordinary
-    def _rebuild(self) -> None:
-        """A new store and engine for parameters that are others now, or of another geometry."""
-        parameters = self._owners.blocks_now(self._model, len(self._guests))
-        for found in parameters:
-            check_on_the_cpu(found)
-        entries = [guest.entries for guest in self._guests]
-        old = [guest.index for guest in self._guests]
-        division, indices = division_of(self._model, parameters, entries, self.division, old)
-        self.store.check()
-        store = self.store.successor(division.blocks)
-        self.engine.close()
-        self.store.discard()
-        self.division, self.store = division, store
-        self._move_in(indices)
-        fixed = survey(self._model, self._moved)[1]
-        if self.turns is not None:
-            self.turns.settle(self.turns.room, self.turns.fixed_bytes + fixed - self._own_fixed)
-        self._own_fixed = fixed
-        with _Terms(self):
-            self._start_engine()
-
-    def _state(self, guest: _Guest) -> _State:
-        """What was done to a block's parameters since it was last called, in whatever way."""
-        changed = False
-        for place, version, found in zip(guest.places, guest.versions, guest.geometry, strict=True):
-            parameter = place.parameter
-            pointer, dtype, shape, stride = found
-            if parameter.dtype != dtype or parameter.shape != shape or not parameter.is_cpu:
-                return _State.OTHER
-            if (
-                parameter._version != version
-                or parameter.data_ptr() != pointer
-                or parameter.stride() != stride
-            ):
-                changed = True
-        if changed:
-            return _State.WRITTEN
-        if self._pages is None or not guest.nbytes:
-            return _State.SAME
-        look = self._pages.look(guest.address, guest.nbytes)
-        if look.present and not look.written:
-            self._pages.drop(guest.address, guest.nbytes)  # it was read here, beside its calls
-        return _State.WRITTEN if look.written else _State.SAME
-
-    def _write_back(self, first: _Guest) -> None:
-        """Parameters that were changed since their blocks were last called go to the file."""
-        others = (g for g in self._guests if g is not first and g.index is not None)
-        self.store.check()
-        try:
-            for guest in [first, *(g for g in others if self._state(g) is _State.WRITTEN)]:
-                assert guest.index is not None
-                self.store.rewrite(guest.index)
-                index = guest.index
-                guest.places = self.store.places[index]
-                guest.home(self.store.views[index], self.store.mapped_places(index))
-        finally:
-            self.engine.close()
-            self._start_engine()
 
     def _in_store(self, tensor: Tensor) -> Kept | None:
         """The same view of the store, for a tensor that lies in a slot."""
         if type(tensor) is not Tensor and not isinstance(tensor, nn.Parameter):
             return None
-        address = tensor.untyped_storage().data_ptr()
-        if not 0 <= address - self.engine.base < self.engine.reserved:
+        if not self._in_the_engine(tensor):
             return None
         first = tensor.data_ptr()
         for guest in self._guests:
@@ -482,10 +413,20 @@ class OffloadSession(Seen):
                         view.storage_offset() + offset // tensor.element_size(),
                     )
                     parameter = place.parameter
-                    return Kept(kept, parameter, parameter._version, self._reader(guest))
+                    version, reads = parameter._version, self._reader(guest)
+                    return Kept(kept, parameter, version, reads, self.device.torch)
         raise VramkitError("autograd keeps a tensor in a slot whose block is not being called")
 
-    def _reader(self, guest: _Guest) -> Callable[[], None]:
+    def _in_the_engine(self, tensor: Tensor) -> bool:
+        """Whether it lies in a block that is being called."""
+        if tensor.device != self.device.torch or not tensor.numel():
+            return False
+        address = tensor.untyped_storage().data_ptr()
+        if self._arena is not None:
+            return 0 <= address - self.engine.base < self.engine.reserved
+        return any(0 <= address - g.at < g.nbytes_there for g in self._guests if g.inside)
+
+    def _reader(self, guest: Guest) -> Callable[[], None]:
         def reads() -> None:
             before, self._read_by_backward = self._read_by_backward, guest
             if before is None or before is guest or self._pages is None or not before.nbytes:
@@ -500,10 +441,8 @@ class OffloadSession(Seen):
         """Results that are views of a slot, as copies: the slot will hold something else."""
 
         def kept(value: Any) -> Any:
-            if isinstance(value, Tensor) and value.device.type == "cpu" and value.numel():
-                address = value.untyped_storage().data_ptr()
-                if 0 <= address - self.engine.base < self.engine.reserved:
-                    return value.clone()
+            if isinstance(value, Tensor) and self._in_the_engine(value):
+                return value.clone()
             return value
 
         if isinstance(result, Tensor):
@@ -548,38 +487,50 @@ class OffloadSession(Seen):
                 lent.end()
             self._lent = []
             self.engine.close()
+            for hook in self._refusing.values():
+                hook.remove()
+            self.graphs = self._arena = None
+            self.device.unshare(self)
             self.store.release()
+            self._leave_the_device()
+            hide_device(self._model)
             object.__setattr__(self._model, "vramkit_session", None)
+
+    def capture(self, inputs: Any) -> dict[str, str]:
+        """Make CUDA graphs of the blocks' calls, for calls of the model like this one.
+
+        Args:
+            inputs: One call's, as for `enable_vram_management`: tensors, no shapes.
+
+        The model is called four times, without gradients. From then on each module that brings a
+        block is one launch, where its arguments are of the same kind and its block lies where it
+        lay; other calls run as before. A graph's inputs, results and inner memory stay, for each
+        module's. Anything that changes the model or the limit drops all graphs.
+
+        Returns:
+            For each module that brings a block "captured", or why it is not.
+
+        Raises:
+            ValueError: The model is not on a GPU.
+            VramkitError: The blocks do not lie in the same places in each pass, or no module's
+                call can be captured.
+        """
+        if not isinstance(self.device, SeparateDevice):
+            raise ValueError("CUDA graphs are for models that are offloaded to a GPU")
+        self.graphs = None
+        return capture_all(self, Graphs(self.device, self._changing), inputs)
+
+
+def _no_gradient(gradient: Tensor) -> None:
+    raise VramkitError(
+        "a weight that is streamed to a GPU has no gradient: freeze it with requires_grad_(False); "
+        "adapters and other parameters that came after offloading stay on the device and can be "
+        "trained"
+    )
 
 
 def _nothing(results: Sequence[Tensor]) -> None:
     return None
-
-
-class _Terms:
-    """Turns what the engine needs into the limit that the user would have to give."""
-
-    def __init__(self, session: OffloadSession) -> None:
-        self.session = session
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: object, trace: types.TracebackType | None
-    ) -> None:
-        if not isinstance(error, BudgetError):
-            return
-        session = self.session
-        needed = error.needed_bytes + session.fixed_bytes + session.buffer_bytes
-        raise BudgetError(
-            f"no room for the slots within {format_size(session.limit_bytes)}: the smallest limit "
-            f"that would do is {format_size(needed)} ({needed} B), of which "
-            f"{format_size(session.fixed_bytes)} always stay in memory (what came since the model "
-            f"was offloaded, such as adapters, included) and {format_size(session.buffer_bytes)} "
-            "are buffer; model.vramkit_session.resize(…), or disable() and enable again",
-            needed,
-        ) from None
 
 
 def _pages() -> Pages | None:

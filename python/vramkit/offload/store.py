@@ -15,87 +15,19 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Container, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .. import _core
 from ..convert import Progress, progress_bar
-from ..tensor_files import Mapped, ModelFiles
+from ..tensor_files import ModelFiles
 from .blocks import Block
-
-PAGE = 4096
-LARGE_PAGE = 2 << 20
-# Below this much, memory is counted in small pages: large ones would be more than what is in them.
-SMALL = 256 << 20
-ALIGNMENT = 64  # of each parameter in its block: what kernels like best
-
-# A block is read where it lies if so much of what is read is its own, and its parts are so large:
-# a disk needs about as long for a read of its own as for half of these bytes.
-USED = 0.9
-PART = 512 << 10
-
-
-class Place(NamedTuple):
-    """Where a parameter lies: bytes from the start of its block, and its geometry."""
-
-    parameter: nn.Parameter
-    offset: int
-    nbytes: int
-    stride: tuple[int, ...]
-
-    def view(self, run: Tensor) -> Tensor:
-        """The parameter's values in a block's bytes (uint8, one dimension)."""
-        flat = run[self.offset : self.offset + self.nbytes].view(self.parameter.dtype)
-        return flat.as_strided(self.parameter.shape, self.stride)
-
-
-@dataclass
-class _Home:
-    """Where a block's bytes are: extents of files. `kind` says whose."""
-
-    kind: str
-    files: list[_core.FileSource]
-    extents: list[_core.Extent]
-
-    def mapped(self, size: int) -> Mapped:
-        return Mapped(self.files, _core.FileMapping(self.files, self.extents, size))
-
-
-@dataclass
-class _Waiting:
-    """The part of a block that waits in memory: where it begins in the block, and its places."""
-
-    offset: int
-    size: int
-    places: list[Place]  # by offset in the block
-    memory: _core.HostStore
-
-    @classmethod
-    def of(cls, parameters: Sequence[nn.Parameter], after: int) -> _Waiting:
-        # Direct reads of what comes before it write whole pages.
-        offset = -(-after // PAGE) * PAGE
-        packed, size = _packed(parameters)
-        places = [place._replace(offset=offset + place.offset) for place in packed]
-        memory = _core.HostStore(size, PAGE if size < SMALL else LARGE_PAGE)
-        part = cls(offset, size, places, memory)
-        part.write()
-        return part
-
-    def write(self) -> None:
-        """Take what the parameters hold now."""
-        run = torch.frombuffer(self.memory, dtype=torch.uint8)
-        for place in self.places:
-            place._replace(offset=place.offset - self.offset).view(run).copy_(
-                place.parameter.detach()
-            )
-
-    def views(self) -> list[Tensor]:
-        return _views(self.memory, self.places, self.offset)
+from .device import HOST, HostDevice, SeparateDevice
+from .homes import Home, Plan, Waiting, in_memory, unique
+from .places import PAGE, OwnFile, Place, dense_strides, packed, run_of, views_of
 
 
 class BlockStore:
@@ -121,7 +53,12 @@ class BlockStore:
         folder: str | os.PathLike[str],
         progress: bool | Progress = False,
         on_host: Container[str] = (),
+        device: HostDevice = HOST,
+        origins: Mapping[int, torch.device] | None = None,
     ) -> None:
+        self.device = device
+        # Of each parameter (by id): where it was before any store had it.
+        self._came_from = dict(origins or {})
         self.folder = Path(folder)
         self.state = 0
         self._own_path: Path | None = None
@@ -129,16 +66,28 @@ class BlockStore:
         self._found = ModelFiles.of(model)
         self._own_files: list[_core.FileSource] = []
         parameters = dict(model.named_parameters())
+        for block in blocks:
+            for name in block.parameters:
+                self._came_from.setdefault(id(parameters[name]), parameters[name].device)
+        if isinstance(device, SeparateDevice):
+            # A block is in one piece for the device's copies: a part of one waits with the rest.
+            whole = [all(name in on_host for name in block.parameters) for block in blocks]
+            on_host = ()
+        else:
+            whole = [False] * len(blocks)
         plans = [
-            self._planned([parameters[name] for name in block.parameters if name not in on_host])
-            for block in blocks
+            self._planned(
+                [parameters[name] for name in block.parameters if name not in on_host], waits
+            )
+            for block, waits in zip(blocks, whole, strict=True)
         ]
+        self._keep_in_memory([p for p, waits in zip(plans, whole, strict=True) if waits], progress)
         self._write_own(plans, [block.entries[0] for block in blocks], progress)
         self._gather(plans)
         waiting = [[parameters[n] for n in block.parameters if n in on_host] for block in blocks]
         staying = self._staying(model, plans, waiting)
         self._waiting = [
-            _Waiting.of(found, plan.size) if found else None
+            Waiting.of(found, plan.size) if found else None
             for found, plan in zip(waiting, plans, strict=True)
         ]
         self._homes = [plan.home() for plan in plans]
@@ -149,7 +98,7 @@ class BlockStore:
         self.places = [plan.places for plan in plans]
         self.sizes = [plan.size for plan in plans]
         self.views = [
-            _views(mapped.mapping, places)
+            views_of(mapped.mapping, places)
             for mapped, places in zip(self._mapped, self.places, strict=True)
         ]
         for index, part in enumerate(self._waiting):
@@ -163,9 +112,9 @@ class BlockStore:
         self.point_to_store()
         self._register(ModelFiles(self._mapped, self._found.cache_bytes, self._own_files))
 
-    def _planned(self, parameters: Sequence[nn.Parameter]) -> _Plan:
-        origins = [self._found.find(p) if p.numel() else None for p in parameters]
-        plan = _Plan(list(parameters), origins)
+    def _planned(self, parameters: Sequence[nn.Parameter], waits: bool) -> Plan:
+        origins = [self._found.find(p) if p.numel() and not waits else None for p in parameters]
+        plan = Plan(list(parameters), origins)
         if all(origin is None for origin in origins):
             plan.pack()
         elif not plan.in_place():
@@ -177,18 +126,32 @@ class BlockStore:
             plan.pack()
         return plan
 
+    def _keep_in_memory(self, plans: Sequence[Plan], progress: bool | Progress) -> None:
+        """Blocks that wait in memory of the host which the device copies from by itself."""
+        if not plans:
+            return
+        assert isinstance(self.device, SeparateDevice)
+        total = sum(plan.size for plan in plans)
+        with progress_bar(progress, total, "offload") as advance:
+            for number, plan in enumerate(plans):
+                home = in_memory(plan.places, plan.size, self.device)
+                plan.memory, plan.own = home.memory, home.files[0]
+                plan.fresh = []
+                self._own_files.append(plan.own)
+                advance(plan.size, str(number))
+
     def _write_own(
-        self, plans: Sequence[_Plan], labels: Sequence[str], progress: bool | Progress
+        self, plans: Sequence[Plan], labels: Sequence[str], progress: bool | Progress
     ) -> None:
         """What is in memory only goes to a file of its own, which nobody else can open."""
         wanted = [plan for plan in plans if plan.fresh]
         if not wanted:
             return
         total = sum(plan.fresh_size for plan in wanted)
-        with _OwnFile(self.folder) as file, progress_bar(progress, total, "offload") as advance:
+        with OwnFile(self.folder) as file, progress_bar(progress, total, "offload") as advance:
             for plan, label in zip(plans, labels, strict=True):
                 if plan.fresh:
-                    plan.own_offset = file.append(_run(plan.fresh, plan.fresh_size))
+                    plan.own_offset = file.append(run_of(plan.fresh, plan.fresh_size))
                     advance(plan.fresh_size, label)
             source = file.source()
             kept = file.keep()
@@ -198,12 +161,12 @@ class BlockStore:
         for plan in wanted:
             plan.own = source
 
-    def _gather(self, plans: Sequence[_Plan]) -> None:
+    def _gather(self, plans: Sequence[Plan]) -> None:
         """What lies scattered in the model's files is gathered into one file of the cache."""
         wanted = [plan for plan in plans if plan.gathered]
         if not wanted:
             return
-        files = _unique(file for plan in wanted for file in plan.files)
+        files = unique(file for plan in wanted for file in plan.files)
         specs = []
         for number, plan in enumerate(wanted):
             extents = [
@@ -221,7 +184,7 @@ class BlockStore:
     def _staying(
         self,
         model: nn.Module,
-        plans: Sequence[_Plan],
+        plans: Sequence[Plan],
         waiting: Sequence[Sequence[nn.Parameter]],
     ) -> list[tuple[nn.Parameter, Tensor]]:
         """Mapped parameters that are in no block, in memory of their own."""
@@ -263,26 +226,47 @@ class BlockStore:
         model = self._model()
         assert model is not None
         waiting = {id(p.parameter) for part in self._waiting if part for p in part.places}
+        for home, places in zip(self._homes, self.places, strict=True):
+            if home.memory is not None:
+                waiting |= {id(place.parameter) for place in places}
         names = {name for name, p in model.named_parameters() if id(p) in waiting}
-        return BlockStore(model, blocks, self.folder, on_host=names)
+        names |= {
+            name
+            for block in blocks
+            if any(name in names for name in block.parameters)
+            for name in block.parameters
+            if isinstance(self.device, SeparateDevice)
+        }
+        return BlockStore(
+            model, blocks, self.folder, on_host=names, device=self.device, origins=self._came_from
+        )
 
     def mapped_places(self, block: int) -> int:
         """How many of the block's places, the first ones, are of a file; the others wait."""
         part = self._waiting[block]
         return len(self.places[block]) - (len(part.places) if part is not None else 0)
 
+    @property
+    def reads_files(self) -> bool:
+        """Whether any block is read from a file on a disk."""
+        return any(home.memory is None and home.files for home in self._homes)
+
     def origins(self) -> list[str]:
-        """How each block is read: "in place", "gathered" (from the cache), "own", or two."""
+        """How each block is read: "in place", "gathered", "own", "memory" (pinned), or two."""
         return [home.kind for home in self._homes]
 
     def plan(self, blocks: Sequence[Block]) -> tuple[list[_core.Source], list[_core.BlockSpec]]:
         """The blocks as the engine takes them, and what it reads them from."""
         files: list[_core.Source] = []
-        files += _unique(file for home in self._homes for file in home.files)
+        files += unique(f for home in self._homes if home.memory is None for f in home.files)
         specs = []
         for block, size, home, part in zip(
             blocks, self.sizes, self._homes, self._waiting, strict=True
         ):
+            if home.memory is not None:
+                specs.append(_spec(block, size, [_core.Extent(len(files), 0, 0, size)]))
+                files.append(home.memory.source())
+                continue
             extents = [
                 _core.Extent(files.index(home.files[e.source]), e.source_offset, e.block_offset,
                              e.bytes)
@@ -315,7 +299,7 @@ class BlockStore:
         part = self._waiting[block]
         # As they lie now: arithmetic on other strides may round otherwise.
         self.places[block] = [
-            p._replace(stride=_dense_strides(p.parameter)) for p in self.places[block]
+            p._replace(stride=dense_strides(p.parameter)) for p in self.places[block]
         ]
         if part is not None:
             part.places = self.places[block][-len(part.places) :]
@@ -325,16 +309,21 @@ class BlockStore:
             places = places[: -len(part.places)]
         if places:
             size = self.sizes[block] if part is None else part.offset
-            with _OwnFile(self.folder) as file:
-                file.append(_run(places, size))
-                source = file.source()
-            home = _Home("own", [source], [_core.Extent(0, 0, 0, size)])
+            if self._homes[block].memory is not None:
+                assert isinstance(self.device, SeparateDevice)
+                home = in_memory(places, size, self.device)
+                source = home.files[0]
+            else:
+                with OwnFile(self.folder) as file:
+                    file.append(run_of(places, size))
+                    source = file.source()
+                home = Home("own", [source], [_core.Extent(0, 0, 0, size)])
             mapped = home.mapped(size)
             self._homes[block], self._mapped[block], self._cached[block] = home, mapped, None
             # The file it was in goes with its last block.
             read = {id(file) for one in self._homes for file in one.files}
             self._own_files[:] = [f for f in self._own_files if id(f) in read] + [source]
-            self.views[block] = _views(mapped.mapping, places)
+            self.views[block] = views_of(mapped.mapping, places)
         else:
             self.views[block] = []
         if part is not None:
@@ -350,9 +339,10 @@ class BlockStore:
         any more would end the process.
         """
         self.check()
-        for places, views in zip(self.places, self.views, strict=True):
-            for place, view in zip(places, views, strict=True):
-                _move_out(place, view)
+        found = [self._moved_out(*pair) for pair in self._pairs()]
+        for one in found:
+            if one is not None:
+                one[0].data = one[1]
         self.discard()
         self._register(None)
 
@@ -362,133 +352,29 @@ class BlockStore:
             for place, view in zip(places, views, strict=True):
                 found = mapped.mapping.find(view.data_ptr(), place.nbytes)
                 if found is None or mapped.files[found.source] in self._own_files:
-                    _move_out(place, view)
+                    own = self._moved_out(place, view)
+                    if own is not None:
+                        own[0].data = own[1]
         kept = [m for m in self._mapped if any(f not in self._own_files for f in m.files)]
         self._register(ModelFiles(kept, self._found.cache_bytes) if kept else None)
         self.discard()
 
+    def _pairs(self) -> Iterator[tuple[Place, Tensor]]:
+        for places, views in zip(self.places, self.views, strict=True):
+            yield from zip(places, views, strict=True)
+
+    def _moved_out(self, place: Place, view: Tensor) -> tuple[nn.Parameter, Tensor] | None:
+        """A parameter's values in memory of their own, where they were before; None: they are."""
+        now = place.parameter.data
+        if now.data_ptr() != view.data_ptr():
+            return None
+        where = self._came_from.get(id(place.parameter), view.device)
+        own = torch.empty_strided(view.shape, view.stride(), dtype=view.dtype, device=where)
+        return place.parameter, own.copy_(now)
+
     def discard(self) -> None:
         """The store's files go; what its parameters hold is in another store."""
         self.views, self._mapped, self._homes, self._cached, self._waiting = [], [], [], [], []
-
-
-def _move_out(place: Place, view: Tensor) -> None:
-    now = place.parameter.data
-    if now.data_ptr() == view.data_ptr():  # else it has memory of its own already
-        own = torch.empty_strided(view.shape, view.stride(), dtype=view.dtype)
-        place.parameter.data = own.copy_(now)
-
-
-class _Plan:
-    """One block before it is in the store: what is where, and what is to be written."""
-
-    def __init__(
-        self,
-        parameters: list[nn.Parameter],
-        origins: list[tuple[_core.FileSource, int] | None],
-    ) -> None:
-        self.parameters, self.origins = parameters, origins
-        self.files = _unique(origin[0] for origin in origins if origin is not None)
-        self.places: list[Place] = []
-        self.size = 0
-        self.extents: list[_core.Extent] = []
-        self.fresh: list[Place] = []  # to be written, by place in what is written
-        self.fresh_size = 0
-        self.gathered = False
-        self.own: _core.FileSource | None = None
-        self.own_offset = 0
-        self.cached: _core.BlockFile | None = None
-
-    def pack(self) -> None:
-        """All parameters one after another, in one run."""
-        self.places, self.size = _packed(self.parameters)
-        if not self.gathered:
-            self.fresh, self.fresh_size = self.places, self.size
-
-    def in_place(self) -> bool:
-        """Lie as the files have it; False where that would be slow."""
-        fresh = [p for p, at in zip(self.parameters, self.origins, strict=True) if at is None]
-        packed, fresh_size = _packed(fresh)
-        rest = iter(packed)
-        own = len(self.files)
-        ranges = []
-        for parameter, origin in zip(self.parameters, self.origins, strict=True):
-            nbytes = parameter.numel() * parameter.element_size()
-            where = (own, next(rest).offset) if origin is None else None
-            if origin is not None:
-                where = (self.files.index(origin[0]), origin[1])
-            assert where is not None
-            ranges.append((*where, nbytes, parameter.element_size()))
-        layout = _core.block_layout(ranges)
-        parts = len(layout.extents)
-        useful = sum(r[2] for r in ranges) >= layout.bytes * USED
-        if not layout.direct or not useful or (parts > 1 and layout.bytes < parts * PART):
-            return False
-        self.places = [
-            Place(p, at, r[2], _dense_strides(p))
-            for p, at, r in zip(self.parameters, layout.places, ranges, strict=True)
-        ]
-        self.size, self.extents = layout.bytes, layout.extents
-        self.fresh, self.fresh_size = packed, fresh_size
-        return True
-
-    def home(self) -> _Home:
-        if not self.parameters:
-            return _Home("memory", [], [])
-        if not self.extents:
-            assert self.own is not None
-            kind = "own" if self.cached is None else "gathered"
-            return _Home(kind, [self.own], [_core.Extent(0, self.own_offset, 0, self.size)])
-        files = list(self.files)
-        extents = self.extents
-        if self.own is not None:
-            files.append(self.own)
-            # What was laid out before the file was there begins where it came to lie.
-            extents = [
-                _core.Extent(e.source, e.source_offset + self.own_offset, e.block_offset, e.bytes)
-                if e.source == len(self.files)
-                else e
-                for e in extents
-            ]
-        return _Home("in place and own" if self.own else "in place", files, extents)
-
-
-class _OwnFile:
-    """A file without a name: written once, then a source that nobody else can open."""
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        # Native, so that wherever a signal breaks this off the descriptor has an owner.
-        self._file: Any = open(folder, "wb", opener=_core.open_unnamed_file)  # noqa: SIM115
-        self._path = f"/proc/self/fd/{self._file.fileno()}"
-        self._end = 0
-
-    def append(self, run: memoryview) -> int:
-        """Write a run at the next page; where it begins."""
-        start = self._end
-        self._file.seek(start)
-        self._file.write(run)
-        self._end += -(-len(run) // PAGE) * PAGE
-        return start
-
-    def keep(self) -> Any:
-        """The file opened once more, so that this process can open it again by that."""
-        return open(self._path, "rb", buffering=0)
-
-    def source(self) -> _core.FileSource:
-        self._file.truncate(max(self._end, PAGE))
-        self._file.flush()
-        return _core.FileSource(self._path)
-
-    def __enter__(self) -> _OwnFile:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._file.close()  # sources have it open
-
-
-def _unique(files: Iterable[_core.FileSource]) -> list[_core.FileSource]:
-    return list({id(file): file for file in files}.values())
 
 
 def _spec(block: Block, size: int, extents: list[_core.Extent]) -> _core.BlockSpec:
@@ -503,42 +389,4 @@ def _spec(block: Block, size: int, extents: list[_core.Extent]) -> _core.BlockSp
 def empty_specs(model: nn.Module, blocks: Sequence[Block]) -> list[_core.BlockSpec]:
     """The blocks as an engine sees their sizes, with no bytes behind them."""
     parameters = dict(model.named_parameters())
-    return [_spec(b, _packed([parameters[n] for n in b.parameters])[1], []) for b in blocks]
-
-
-def _packed(parameters: Sequence[nn.Parameter]) -> tuple[list[Place], int]:
-    places, size = [], 0
-    for parameter in parameters:
-        nbytes = parameter.numel() * parameter.element_size()
-        places.append(Place(parameter, size, nbytes, _dense_strides(parameter)))
-        size += -(-nbytes // ALIGNMENT) * ALIGNMENT
-    return places, size
-
-
-@torch.inference_mode(False)  # parameters are ordinary tensors wherever they are made
-def _views(
-    memory: _core.FileMapping | _core.HostStore, places: Sequence[Place], start: int = 0
-) -> list[Tensor]:
-    """A view for each parameter, with a storage of its own; `start`: where the memory begins."""
-    views = []
-    for place in places:
-        run = torch.empty(0, dtype=torch.uint8)
-        if place.nbytes:
-            run = torch.frombuffer(
-                memory, dtype=torch.uint8, count=place.nbytes, offset=place.offset - start
-            )
-        flat = run.view(place.parameter.dtype)
-        views.append(flat.as_strided(place.parameter.shape, place.stride))
-    return views
-
-
-def _run(places: Sequence[Place], size: int) -> memoryview:
-    run = torch.zeros(size, dtype=torch.uint8)
-    for place in places:
-        place.view(run).copy_(place.parameter.detach())
-    return run.numpy().data
-
-
-def _dense_strides(tensor: Tensor) -> tuple[int, ...]:
-    """Its own strides where its elements fill its storage without gaps, else contiguous ones."""
-    return tuple(torch.empty_like(tensor, device="meta").stride())
+    return [_spec(b, packed([parameters[n] for n in b.parameters])[1], []) for b in blocks]
