@@ -3,31 +3,31 @@
 #pragma once
 #include <cstdint>
 
+#include "cpu/multi_math.hpp"
+
 namespace vramkit::cpu {
 
 enum class DType : std::int64_t;
 
-// Elements of a chunk. Sums are per chunk, so that they do not depend on the number of threads.
-inline constexpr std::int64_t kMultiChunk = 1 << 15;
-// Running sums of a chunk: element i goes to sum i % kSumLanes.
-inline constexpr int kSumLanes = 16;
-// Elements that share a scale in 8-bit optimizer state.
-inline constexpr std::int64_t kStateBlock = 256;
+// Stochastic rounding (core/stochastic.hpp) of 16-bit results: element i of a chunk has the random
+// word of element (row, first + i) of a matrix. `first` is a multiple of 64.
+struct Dice {
+  bool on = false;
+  std::uint64_t seed = 0;
+  std::int64_t row = 0;
+  std::int64_t first = 0;
+};
 
-// 8-bit state: a codebook of 256 values, ascending, the 255 midpoints between them, and what one
-// tensor has of codes and scales.
+// 8-bit state: a codebook, and what one tensor has of codes and scales.
 struct ByteState {
-  const float* values = nullptr;
-  const float* bounds = nullptr;
+  const StateTable* table = nullptr;
   std::uint8_t* codes = nullptr;
   float* absmax = nullptr;  // one per kStateBlock elements
 };
 
-// AdamW (Loshchilov and Hutter 2019, decoupled weight decay) over `count` elements, in float32:
-//   w = w * decay; m = m + (g - m) * (1 - beta1); v = v * beta2 + g * g * (1 - beta2)
-//   w = w - step_size * m / (sqrt(v) / root_correction + epsilon)
-// with g the gradient times `factor`. The numbers are rounded one by one, in this order.
+// One step of AdamW (multi_math.hpp) over `count` elements.
 struct AdamwStep {
+  AdamwNumbers numbers;
   // The parameters. With `second` of the same 16-bit type: w is their sum, kept in two halves. With
   // `second` of another type: w is the parameter, and `second` a copy of it.
   void* parameter = nullptr;
@@ -38,24 +38,20 @@ struct AdamwStep {
   DType gradient_type{};
   float* average = nullptr;         // m; or null, with `average_bytes`
   float* average_square = nullptr;  // v
+  float* largest = nullptr;         // of AMSGrad, beside `average`; or null
   ByteState average_bytes, square_bytes;
   std::int64_t count = 0;
-  float factor = 1.0f;
-  float decay = 1.0f;
-  float beta1 = 0.0f, beta2 = 0.0f;
-  float less_beta1 = 1.0f, less_beta2 = 1.0f;  // 1 - beta, rounded from float64
-  float epsilon = 0.0f;
-  float step_size = 0.0f;        // learning rate / (1 - beta1^t)
-  float root_correction = 1.0f;  // sqrt(1 - beta2^t)
+  Dice dice;  // for 16-bit parameters that have no `second`
 };
 
 struct MultiKernels {
-  // Sum of squares; infinite or NaN if and only if an element is (squares of float32 and their
-  // sums do not overflow in float64).
+  // Sum of squares (kSumPiece says in which order); infinite or NaN if and only if an element is:
+  // squares of float32 and their sums do not overflow in float64.
   double (*square_sum)(const void* x, DType type, std::int64_t count);
   // x = x * factor, rounded once.
   void (*scale)(void* x, DType type, std::int64_t count, float factor);
-  void (*cast)(const void* x, DType from, void* out, DType to, std::int64_t count);
+  void (*cast)(const void* x, DType from, void* out, DType to, std::int64_t count,
+               const Dice& dice);
   void (*adamw)(const AdamwStep& step);
 };
 

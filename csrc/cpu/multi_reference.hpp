@@ -5,19 +5,24 @@
 #include <cstdint>
 #include <limits>
 
+#include "core/stochastic.hpp"
 #include "cpu/kernels.hpp"
 
 namespace vramkit::cpu {
 namespace {
 
 double square_sum(const void* x, DType type, std::int64_t count) {
-  double sums[kSumLanes] = {};
-  for (std::int64_t i = 0; i < count; ++i) {
-    const double value = load(x, type, i);
-    sums[i % kSumLanes] += value * value;
-  }
   double total = 0.0;
-  for (const double sum : sums) total += sum;
+  for (std::int64_t piece = 0; piece < count; piece += kSumPiece) {
+    double lanes[kSumLanes] = {};
+    for (std::int64_t i = piece; i < std::min(piece + kSumPiece, count); ++i) {
+      const double value = load(x, type, i);
+      lanes[i % kSumLanes] += value * value;
+    }
+    double sum = 0.0;
+    for (const double lane : lanes) sum += lane;
+    total += sum;
+  }
   return total;
 }
 
@@ -25,29 +30,38 @@ void scale_values(void* x, DType type, std::int64_t count, float factor) {
   for (std::int64_t i = 0; i < count; ++i) store(x, type, i, load(x, type, i) * factor);
 }
 
-void cast_values(const void* x, DType from, void* out, DType to, std::int64_t count) {
-  for (std::int64_t i = 0; i < count; ++i) store(out, to, i, load(x, from, i));
+void store_rounded(void* base, DType type, std::int64_t i, float value, const Dice& dice) {
+  if (!dice.on || type == DType::f32) return store(base, type, i, value);
+  const std::int64_t col = dice.first + i;
+  const std::uint32_t word = words_of(dice.seed, dice.row, col / 4).word[col % 4];
+  static_cast<std::uint16_t*>(base)[i] =
+      type == DType::bf16 ? stochastic_bf16(value, word) : stochastic_fp16(value, word);
+}
+
+void cast_values(const void* x, DType from, void* out, DType to, std::int64_t count,
+                 const Dice& dice) {
+  for (std::int64_t i = 0; i < count; ++i) store_rounded(out, to, i, load(x, from, i), dice);
 }
 
 void read_state(const ByteState& state, std::int64_t block, std::int64_t count, float* out) {
   for (std::int64_t i = 0; i < count; ++i) {
-    out[i] = state.values[state.codes[block * kStateBlock + i]] * state.absmax[block];
+    out[i] = state.table->values[state.codes[block * kStateBlock + i]] * state.absmax[block];
   }
 }
 
 void write_state(const ByteState& state, std::int64_t block, std::int64_t count, const float* in) {
   float most = 0.0f;
-  bool nan = false;
+  bool finite = true;
   for (std::int64_t i = 0; i < count; ++i) {
     most = std::max(most, std::fabs(in[i]));
-    nan = nan || std::isnan(in[i]);
+    finite = finite && std::isfinite(in[i]);
   }
-  if (nan) most = std::numeric_limits<float>::quiet_NaN();  // and so is all that is read from it
+  if (!finite) most = std::numeric_limits<float>::quiet_NaN();  // and so is all that is read
   state.absmax[block] = most;
   for (std::int64_t i = 0; i < count; ++i) {
     const float value = most > 0.0f ? in[i] / most : 0.0f;
     int code = 0;
-    while (code < 255 && value > state.bounds[code]) ++code;
+    while (code < 255 && value > state.table->bounds[code]) ++code;
     state.codes[block * kStateBlock + i] = static_cast<std::uint8_t>(code);
   }
 }
@@ -64,17 +78,21 @@ void adamw(const AdamwStep& s) {
       read_state(s.square_bytes, block, n, v = square);
     }
     for (std::int64_t i = 0; i < n; ++i) {
-      const float g = load(s.gradient, s.gradient_type, first + i) * s.factor;
-      float w = load(s.parameter, s.parameter_type, first + i);
-      if (halves) w = w + load(s.second, s.second_type, first + i);
-      w = w * s.decay;
-      m[i] = m[i] + (g - m[i]) * s.less_beta1;
-      v[i] = v[i] * s.beta2 + g * g * s.less_beta2;
-      const float divisor = std::sqrt(v[i]) / s.root_correction + s.epsilon;
-      w = w - s.step_size * m[i] / divisor;
-      store(s.parameter, s.parameter_type, first + i, w);
-      if (halves) w = w - load(s.parameter, s.parameter_type, first + i);
-      if (s.second) store(s.second, s.second_type, first + i, w);
+      const std::int64_t at = first + i;
+      AdamwElement e{load(s.parameter, s.parameter_type, at), m[i], v[i]};
+      if (halves) e.w = e.w + load(s.second, s.second_type, at);
+      if (s.largest) e.largest = s.largest[at];
+      adamw_element(s.numbers, load(s.gradient, s.gradient_type, at), s.largest, e);
+      m[i] = e.m;
+      v[i] = e.v;
+      if (s.largest) s.largest[at] = e.largest;
+      if (!s.second) {
+        store_rounded(s.parameter, s.parameter_type, at, e.w, s.dice);
+        continue;
+      }
+      store(s.parameter, s.parameter_type, at, e.w);
+      if (halves) e.w = e.w - load(s.parameter, s.parameter_type, at);
+      store(s.second, s.second_type, at, e.w);
     }
     if (!s.average) {
       write_state(s.average_bytes, block, n, average);

@@ -121,8 +121,9 @@ class AdaptiveGradScaler:
             clip: The largest L2 norm of each optimizer's gradients; None for no limit.
 
         Raises FloatingPointError for a loss that is not finite, RuntimeError where an optimizer has
-        no gradient after the backward pass, ValueError for a `clip` that is not positive. Parameters,
-        scale and optimizers are unchanged then; the first and the last leave gradients so too.
+        no gradient after the backward pass, ValueError for a `clip` that is not positive.
+        Parameters, scale and optimizers are unchanged then; the first and the last leave gradients
+        so too.
         """
         if clip is not None and not clip > 0:
             raise ValueError(f"clip is the largest norm allowed, above 0, not {clip}")
@@ -177,8 +178,8 @@ class AdaptiveGradScaler:
         self.enabled = False
         self._scale = 1.0
         warnings.warn(
-            f"{self.overflows_in_a_row} steps in a row overflowed in float16: switched to bfloat16, "
-            "which needs no loss scale",
+            f"{self.overflows_in_a_row} steps in a row overflowed in float16: switched to "
+            "bfloat16, which needs no loss scale",
             RuntimeWarning,
             stacklevel=4,
         )
