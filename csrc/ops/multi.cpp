@@ -15,17 +15,22 @@ namespace {
 
 namespace ts = torch::stable;
 
+// What a chunk costs beside its elements, in elements: a call, and lines of the cache in part.
+constexpr std::int64_t kChunkCost = 256;
+
+// work(index, chunk) for all of them. Threads share elements, not chunks: small tensors are chunks
+// of their own.
 template <class Work>
 void for_chunks(const std::vector<Chunk>& chunks, const Work& work) {
-  // Small tensors are chunks of their own: some of them to a task.
-  const auto count = static_cast<std::int64_t>(chunks.size());
-  std::int64_t elements = 0;
-  for (const Chunk& chunk : chunks) elements += chunk.count;
-  const std::int64_t tasks = std::max<std::int64_t>(1, elements / cpu::kMultiChunk);
-  ts::parallel_for(0, count, (count + tasks - 1) / tasks,
-                   [&](std::int64_t begin, std::int64_t end) {
-                     for (std::int64_t i = begin; i < end; ++i) work(i, chunks[i]);
-                   });
+  std::vector<std::int64_t> before{0};  // the cost of the chunks before each, and of all
+  before.reserve(chunks.size() + 1);
+  for (const Chunk& chunk : chunks) before.push_back(before.back() + chunk.count + kChunkCost);
+  const auto chunk_at = [&](std::int64_t cost) {
+    return std::lower_bound(before.begin(), before.end(), cost) - before.begin();
+  };
+  ts::parallel_for(0, before.back(), cpu::kMultiChunk, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t i = chunk_at(begin), last = chunk_at(end); i < last; ++i) work(i, chunks[i]);
+  });
 }
 
 Tensor multi_square_sum(Tensors tensors) {

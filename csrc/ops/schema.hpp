@@ -1,5 +1,5 @@
 // Schemas of all operators, in one place. Implementations: ops.cpp, blockwise.cpp, conv.cpp,
-// int8.cpp, recurrent.cpp, stochastic.cpp (CPU), csrc/cuda/ops (CUDA), and
+// int8.cpp, multi.cpp, recurrent.cpp, stochastic.cpp (CPU), csrc/cuda/ops (CUDA), and
 // python/vramkit/_operators.py for those that allocate or call torch's own products.
 //
 // A stored weight is passed as its parts (codes, scales, extra), the codebook's table, and `spec`:
