@@ -25,10 +25,21 @@ SUITES = {
     "loading": "checkpoints warm and cold, against safetensors, copies and direct reads",
     "systems": "the five systems: true scale beside claims, small scale by mode, under a limit",
     "interop": "bitsandbytes' operators on our kernels and on its own; memory of a QLoRA step",
+    "training": "unscale + norm + clip and AdamW over 300 tensors, against torch's and the memory",
     "serve": "the Chatterbox server under 50 clients: lost and mixed-up answers, latency, memory",
 }
 # Those that take a number of threads.
-THREADED = ("cpu", "conversion", "int8", "conv", "interop", "offload", "loading", "systems")
+THREADED = (
+    "cpu",
+    "conversion",
+    "int8",
+    "conv",
+    "interop",
+    "offload",
+    "loading",
+    "systems",
+    "training",
+)
 
 
 def main() -> int:
@@ -42,17 +53,10 @@ def main() -> int:
             sub.add_argument("--size", type=int, default=4096)
         if name in ("cpu", "int8"):
             sub.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64, 512])
-        if name in (
-            "cpu",
-            "conversion",
-            "int8",
-            "conv",
-            "interop",
-            "offload",
-            "loading",
-            "systems",
-        ):
+        if name in THREADED:
             sub.add_argument("--threads", type=int, default=2)
+        if name == "training":
+            sub.add_argument("--elements", type=int, default=24_000_000)
         if name in ("sensitivity", "frontier"):
             sub.add_argument("--models", nargs="+", metavar="MODEL", help="only these")
             sub.add_argument("--cache", metavar="FOLDER", help="go on with what was measured there")

@@ -1,0 +1,65 @@
+"""Mixed precision for training and streaming video."""
+
+from __future__ import annotations
+
+from .activations import SavedActivations, compress_activations
+from .attention import MixedPrecisionAttention, fp32_attention
+from .checkpointing import (
+    BlockCost,
+    CheckpointChoice,
+    CheckpointedBlock,
+    choose_checkpoints,
+    peak_bytes,
+)
+from .helpers import (
+    async_inference,
+    make_tensor_core_friendly,
+    optimize_conv_memory_format,
+    optimized_inference,
+    stable_cross_entropy,
+    stable_huber_loss,
+    stable_l1_loss,
+    stable_mse_loss,
+)
+from .islands import Island, measured_islands, rule_islands
+from .lsd import LSD
+from .multi_tensor import GradientNorm, cast_, gradient_norm, scale_, square_sum
+from .optimizer import AdamW
+from .pool import MemoryPool, PoolStats
+from .scaler import AdaptiveGradScaler, StepReport
+from .wrapper import MixedPrecisionWrapper
+
+__all__ = [
+    "LSD",
+    "AdamW",
+    "AdaptiveGradScaler",
+    "BlockCost",
+    "CheckpointChoice",
+    "CheckpointedBlock",
+    "GradientNorm",
+    "Island",
+    "MemoryPool",
+    "MixedPrecisionAttention",
+    "MixedPrecisionWrapper",
+    "PoolStats",
+    "SavedActivations",
+    "StepReport",
+    "async_inference",
+    "cast_",
+    "choose_checkpoints",
+    "compress_activations",
+    "fp32_attention",
+    "gradient_norm",
+    "make_tensor_core_friendly",
+    "measured_islands",
+    "optimize_conv_memory_format",
+    "optimized_inference",
+    "peak_bytes",
+    "rule_islands",
+    "scale_",
+    "square_sum",
+    "stable_cross_entropy",
+    "stable_huber_loss",
+    "stable_l1_loss",
+    "stable_mse_loss",
+]

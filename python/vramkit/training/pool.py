@@ -1,0 +1,132 @@
+"""Buffers that are used again instead of being allocated anew."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..precision import PrecisionMode
+
+
+class PoolStats(NamedTuple):
+    """What a pool holds and how often it served."""
+
+    leased: int
+    """Buffers in use."""
+    leased_bytes: int
+    free: int
+    """Buffers that wait."""
+    free_bytes: int
+    hits: int
+    """Requests served by a buffer that was there."""
+    misses: int
+    """Requests that allocated one."""
+
+
+class MemoryPool:
+    """Hands out uninitialized tensors of one precision and takes them back.
+
+    A buffer is handed out to one at a time: `get_tensor` leases it until `release`. Free buffers are
+    kept by device, dtype, stream and shape: on CUDA a buffer goes back to the stream that had it, so
+    that work still enqueued there comes before its next use. Threads may share a pool.
+
+    Args:
+        precision: "fp16", "bf16" or "fp32".
+        device: Where buffers lie; None for CUDA if there is any, else the CPU.
+
+    >>> pool = MemoryPool("bf16", device="cpu")
+    >>> with pool.lease((2, 3)) as buffer:
+    ...     buffer.dtype
+    torch.bfloat16
+    >>> pool.get_tensor((2, 3)) is buffer
+    True
+    """
+
+    def __init__(
+        self,
+        precision: PrecisionMode | str = "fp16",
+        device: str | torch.device | None = None,
+    ) -> None:
+        mode = PrecisionMode.parse(precision)
+        if mode not in (PrecisionMode.FP16, PrecisionMode.BF16, PrecisionMode.FP32):
+            raise ValueError(f"a pool holds fp16, bf16 or fp32, not {mode.value}")
+        self.dtype = mode.torch_dtype
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(device)
+        self._free: dict[object, list[Tensor]] = defaultdict(list)
+        self._leased: dict[int, tuple[object, Tensor]] = {}
+        self._lock = threading.Lock()
+        self._hits = self._misses = 0
+
+    def get_tensor(self, shape: Sequence[int]) -> Tensor:
+        """Lease a buffer of this shape; its content is arbitrary. Give it back with `release`."""
+        if any(n < 0 for n in shape):
+            raise ValueError(f"a shape has no negative sizes: {tuple(shape)}")
+        key = (self._stream(), tuple(shape))
+        with self._lock:
+            waiting = self._free[key]
+            if waiting:
+                self._hits += 1
+                buffer = waiting.pop()
+            else:
+                self._misses += 1
+                buffer = torch.empty(tuple(shape), dtype=self.dtype, device=self.device)
+            self._leased[id(buffer)] = (key, buffer)
+        return buffer
+
+    def release(self, buffer: Tensor) -> None:
+        """Take a buffer back. ValueError for one that this pool did not lease, or has back."""
+        with self._lock:
+            found = self._leased.pop(id(buffer), None)
+            if found is None or found[1] is not buffer:
+                raise ValueError(
+                    "this tensor is not leased from the pool: release what get_tensor returned, "
+                    "once, and not a view of it"
+                )
+            self._free[found[0]].append(buffer)
+
+    @contextlib.contextmanager
+    def lease(self, shape: Sequence[int]) -> Iterator[Tensor]:
+        """A buffer for the length of a with statement."""
+        buffer = self.get_tensor(shape)
+        try:
+            yield buffer
+        finally:
+            self.release(buffer)
+
+    def clear(self) -> int:
+        """Let go of the free buffers; returns their bytes."""
+        with self._lock:
+            freed = sum(_bytes(b) for waiting in self._free.values() for b in waiting)
+            self._free.clear()
+        return freed
+
+    def stats(self) -> PoolStats:
+        """How many buffers and bytes there are."""
+        with self._lock:
+            leased = [b for _, b in self._leased.values()]
+            free = [b for waiting in self._free.values() for b in waiting]
+            return PoolStats(
+                len(leased),
+                sum(map(_bytes, leased)),
+                len(free),
+                sum(map(_bytes, free)),
+                self._hits,
+                self._misses,
+            )
+
+    def _stream(self) -> int:
+        if self.device.type != "cuda":
+            return 0
+        return int(torch.cuda.current_stream(self.device).cuda_stream)
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
