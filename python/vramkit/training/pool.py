@@ -32,9 +32,10 @@ class PoolStats(NamedTuple):
 class MemoryPool:
     """Hands out uninitialized tensors of one precision and takes them back.
 
-    A buffer is handed out to one at a time: `get_tensor` leases it until `release`. Free buffers are
-    kept by device, dtype, stream and shape: on CUDA a buffer goes back to the stream that had it, so
-    that work still enqueued there comes before its next use. Threads may share a pool.
+    A buffer is handed out to one at a time: `get_tensor` leases it until `release`. Free buffers
+    are kept by device, dtype, stream and shape: on CUDA a buffer goes back to the stream that had
+    it, so that work still enqueued there comes before its next use; where it was released on
+    another stream, that one's work is waited for. Threads may share a pool.
 
     Args:
         precision: "fp16", "bf16" or "fp32".
