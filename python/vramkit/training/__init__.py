@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .activations import SavedActivations, compress_activations
 from .attention import MixedPrecisionAttention, fp32_attention
+from .checkpoint_plan import CheckpointPlan, plan_checkpoints
 from .checkpointing import (
     BlockCost,
     CheckpointChoice,
@@ -37,6 +38,7 @@ __all__ = [
     "AdaptiveGradScaler",
     "BlockCost",
     "CheckpointChoice",
+    "CheckpointPlan",
     "CheckpointedBlock",
     "GradientNorm",
     "Island",
@@ -61,6 +63,7 @@ __all__ = [
     "optimize_conv_memory_format",
     "optimized_inference",
     "peak_bytes",
+    "plan_checkpoints",
     "rule_islands",
     "scale_",
     "square_sum",
