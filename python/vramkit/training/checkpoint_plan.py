@@ -118,8 +118,9 @@ def plan_checkpoints(
 
     >>> model = torch.nn.Sequential(*(
     ...     torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU()) for _ in range(4)))
-    >>> plan = plan_checkpoints(model, (4096, 64), lambda y: y.square().mean(), "8 MB", probe=False)
-    >>> len(plan.checkpointed) > 0 and plan.peak_bytes <= 8_000_000
+    >>> loss = lambda y: y.square().mean()
+    >>> plan = plan_checkpoints(model, (4096, 64), loss, "11 MB", probe=False)
+    >>> len(plan.checkpointed) > 0 and plan.peak_bytes <= 11_000_000
     True
     """
     allowed = parse_size(budget)
