@@ -25,6 +25,7 @@ SUITES = {
     "loading": "checkpoints warm and cold, against safetensors, copies and direct reads",
     "systems": "Hunyuan3D-Part and HeartMuLa at true scale: bytes by mode beside their claims",
     "interop": "bitsandbytes' operators on our kernels and on its own; memory of a QLoRA step",
+    "savers": "training with memory savers: loss against float32's, peaks against their estimates",
     "serve": "the Chatterbox server under 50 clients: lost and mixed-up answers, latency, memory",
 }
 
@@ -60,6 +61,10 @@ def main() -> int:
             sub.add_argument(
                 "--folder", help="on the disk to be measured; default: temporary files'"
             )
+        if name == "savers":
+            sub.add_argument("--models", nargs="+", choices=["llama", "lsd"], help="only these")
+            sub.add_argument("--seeds", type=int, default=3)
+            sub.add_argument("--threads", type=int, default=1)
         if name == "serve":
             sub.add_argument("--clients", type=int, default=50)
             sub.add_argument("--seconds", type=float, default=60.0, help="600 at most")
