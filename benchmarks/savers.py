@@ -145,7 +145,7 @@ CASES = {
         30,
         3e-3,
     ),
-    "lsd": Case(lambda: LSD(16), video_batches, lsd_blocks, 8, 1e-3),
+    "lsd": Case(lambda: LSD(16), video_batches, lsd_blocks, 6, 1e-3),
 }
 
 
@@ -182,12 +182,13 @@ def planned(case: Case) -> CheckpointPlan:
     model = case.build().train()
     inputs, loss = case.batches(0)()
     blocks = case.blocks(model)
-    plain = plan_checkpoints(model, inputs, loss, "1 TB", blocks=blocks).peak_bytes
+    by_rule: dict[str, Any] = {"blocks": blocks, "probe": False}
+    plain = plan_checkpoints(model, inputs, loss, "1 TB", **by_rule).peak_bytes
     try:
-        plan_checkpoints(model, inputs, loss, "1 B", blocks=blocks)
+        plan_checkpoints(model, inputs, loss, "1 B", **by_rule)
     except BudgetError as error:
         least = error.needed_bytes
-    return plan_checkpoints(model, inputs, loss, f"{(plain + least) // 2} B", blocks=blocks)
+    return plan_checkpoints(model, inputs, loss, f"{(plain + least) // 2} B", **by_rule)
 
 
 def one(case: Case, precision: str, saver: str, plan: CheckpointPlan, seeds: int) -> dict[str, Any]:

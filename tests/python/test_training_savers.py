@@ -30,6 +30,7 @@ from vramkit.training import (
     choose_checkpoints,
     compress_activations,
     estimate_step,
+    measured_islands,
     offload_activations,
     optimize_conv_memory_format,
     optimized_inference,
@@ -406,6 +407,23 @@ class TestWrapper:
         assert [(i.name, i.reason) for i in found.islands] == [("0", "its weight reaches 1e+05")]
         assert model[0].weight.dtype == torch.float32
         assert model[1].weight.dtype == torch.float16
+
+    def test_inputs_by_name_are_scanned(self) -> None:
+        class Named(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layer = nn.Linear(4, 2)
+
+            def forward(self, x: Tensor) -> Tensor:
+                out: Tensor = self.layer(input=x)
+                return out
+
+        with torch.no_grad():
+            model = Named()
+            model.layer.weight.mul_(1e-6)
+        found = measured_islands(model, [(torch.full((1, 4), 5e4),)], torch.float16)
+        assert [(i.name, i.overflows) for i in found] == [("layer", False)]
+        assert "input reaches" in found[0].reason
 
     @pytest.mark.parametrize("training", [False, True])
     def test_wide_islands_hand_on_what_overflows(self, training: bool) -> None:

@@ -75,9 +75,9 @@ def measured_islands(
     overflowing: set[str] = set()
     names = {module: name for name, module in model.named_modules()}
 
-    def look(module: nn.Module, args: Any, output: Any) -> None:
+    def look(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         name = names[module]
-        for what, value in (("input", args), ("output", output)):
+        for what, value in (("input", (args, kwargs)), ("output", output)):
             for tensor in _tensors(value):
                 largest = float(tensor.abs().max())
                 if largest > most:
@@ -91,7 +91,7 @@ def measured_islands(
                         reasons.setdefault(name, f"{lost} of its outputs would vanish")
 
     leaves = [m for m in names if any(True for _ in m.parameters(recurse=False))]
-    hooks = [m.register_forward_hook(look) for m in leaves]
+    hooks = [m.register_forward_hook(look, with_kwargs=True) for m in leaves]
     modes = [(m, m.training) for m in model.modules()]
     try:
         model.eval()

@@ -73,10 +73,12 @@ def offload_activations(
     >>> saved.place, saved.tensors, saved.bytes_away
     ('disk', 2, 0)
     """
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    first = next(model.parameters(), None)
+    device = torch.device("cpu") if first is None else first.device
+    real = first is None or has_values(first)
     if to not in ("auto", "host", "disk"):
         raise ValueError(f"activations go to 'host', 'disk' or 'auto', not {to!r}")
-    if to == "host" and device.type != "cuda":
+    if to == "host" and real and device.type != "cuda":
         raise ValueError(
             f"the model is on {device}, so its activations are in the host's memory already: "
             "offload them to 'disk', or compress them (compress_activations)"
@@ -188,13 +190,18 @@ def _close(*files: Any) -> None:
         file.close()
 
 
+def _nothing(flat: Tensor) -> Load:
+    """While an estimate runs: what is away takes no memory until it is back."""
+    dtype, elements, device = flat.dtype, flat.numel(), flat.device
+    return lambda: torch.empty(elements, dtype=dtype, device=device)
+
+
 def _to_file(
     file: _File, count: Callable[[Any, int], None]
 ) -> Callable[[Tensor, int], Load | None]:
     def keep(flat: Tensor, _row: int) -> Load | None:
-        if not has_values(flat):  # an estimate runs: what is away takes no memory
-            dtype, elements, device = flat.dtype, flat.numel(), flat.device
-            return lambda: torch.empty(elements, dtype=dtype, device=device)
+        if not has_values(flat):
+            return _nothing(flat)
         piece = _Piece(file, flat.nbytes)
         count(piece, flat.nbytes)
         host = flat.cpu()
@@ -215,12 +222,13 @@ def _to_file(
 def _to_host(
     device: torch.device, count: Callable[[Any, int], None]
 ) -> Callable[[Tensor, int], Load | None]:
-    copies = torch.cuda.Stream(device)
+    copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def keep(flat: Tensor, _row: int) -> Load | None:
-        host = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=has_values(flat))
-        if has_values(flat):
-            count(host, flat.nbytes)
+        if not has_values(flat) or copies is None:
+            return _nothing(flat)
+        host = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
+        count(host, flat.nbytes)
         # The copy waits for what makes the tensor; its memory is not used again before the copy.
         copies.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(copies):
