@@ -109,7 +109,7 @@ def text_batches(seed: int, rows: int = 8, length: int = 64) -> Callable[[], Bat
     return batch
 
 
-def video_batches(seed: int, rows: int = 2, side: int = 32) -> Callable[[], Batch]:
+def video_batches(seed: int, rows: int = 4, side: int = 16) -> Callable[[], Batch]:
     """Two frames with squares that move, to the next frame."""
     generator = torch.Generator().manual_seed(seed)
     grid = torch.arange(side)
@@ -118,8 +118,8 @@ def video_batches(seed: int, rows: int = 2, side: int = 32) -> Callable[[], Batc
         return torch.randint(low, high, shape, generator=generator)
 
     def batch() -> Batch:
-        place, move = numbers(0, side, rows, 3, 2), numbers(-3, 4, rows, 3, 2)
-        size = numbers(4, 12, rows, 3, 1, 1)
+        place, move = numbers(0, side, rows, 3, 2), numbers(-2, 3, rows, 3, 2)
+        size = numbers(3, 8, rows, 3, 1, 1)
         frames = []
         for time_step in range(3):
             at = (place + time_step * move) % side
@@ -145,7 +145,7 @@ CASES = {
         30,
         3e-3,
     ),
-    "lsd": Case(lambda: LSD(16), video_batches, lsd_blocks, 6, 1e-3),
+    "lsd": Case(lambda: LSD(16), video_batches, lsd_blocks, 8, 3e-3),
 }
 
 

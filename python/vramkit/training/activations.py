@@ -192,8 +192,13 @@ def keeping(
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether a tensor's values can be looked at: not while an estimate runs on fake ones."""
-    return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta
+    """Whether a tensor's values can be looked at: not while an estimate runs on fake ones.
+
+    A real tensor that a loss brings along is fake to operators then, too.
+    """
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta:
+        return False
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None
 
 
 def _finite(flat: Tensor) -> bool:

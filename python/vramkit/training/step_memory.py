@@ -7,7 +7,7 @@ it and what backward operators hold inside themselves, allocation by allocation.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +18,9 @@ from ..estimator import call_arguments, meta_copy, model_dtype, weight_bytes
 from ..targets import Target, parse_target
 
 if TYPE_CHECKING:
+    from ..probing import Store
     from ..recorder import Recorder
-    from ..tracing import Recording, Trace
+    from ..tracing import Call, Recording, Trace
 
 Loss = Callable[[Any], Tensor]
 Saver = Callable[[nn.Module], contextlib.AbstractContextManager[Any]]
@@ -122,11 +123,17 @@ def trace_step(
     from ..probing import Store
 
     aim = parse_target(target)
+    store = Store() if probe and aim.kind == "cpu" else None
 
     class Step(DryRun):
         """With gradients, where inference has none."""
 
         recorded: Recorder
+
+        def record(self, play: Any, strides: Mapping[Call, Any]) -> Recorder:
+            """What earlier probes found is known in the first pass: often one is enough."""
+            known = _Known(store) if store is not None and not strides else strides
+            return super().record(play, known)
 
         def _play(self, play: Any, recorder: Recorder) -> None:
             def with_gradients(recorder: Recorder) -> None:
@@ -157,10 +164,26 @@ def trace_step(
 
     state = torch.get_rng_state()
     try:
-        found = dry.learned(play, probe=probe, store=Store() if probe else None)
+        found = dry.learned(play, probe=probe, store=store)
     finally:
         torch.set_rng_state(state)
     return TracedStep(found.trace, dry.recorded.recording, found.explain(probe))
+
+
+class _Known(dict[Any, Any]):
+    """Strides of calls that a store of probes knows, looked up as they are asked for."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__()
+        self.store = store
+
+    def get(self, call: Any, default: Any = None) -> Any:
+        """Strides of the call's results, or `default`."""
+        if call not in self:
+            found = self.store.get(call)
+            self[call] = None if found is None else found.strides
+        known = self[call]
+        return default if known is None else known
 
 
 def chain_of(model: nn.Module) -> Sequence[str]:
