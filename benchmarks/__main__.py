@@ -26,6 +26,7 @@ SUITES = {
     "systems": "the five systems: true scale beside claims, small scale by mode, under a limit",
     "interop": "bitsandbytes' operators on our kernels and on its own; memory of a QLoRA step",
     "training": "unscale + norm + clip and AdamW over 300 tensors, against torch's and the memory",
+    "savers": "training with memory savers: loss against float32's, peaks against their estimates",
     "serve": "the Chatterbox server under 50 clients: lost and mixed-up answers, latency, memory",
 }
 # Those that take a number of threads.
@@ -78,6 +79,10 @@ def main() -> int:
         if name == "systems":
             sub.add_argument("--systems", nargs="+", metavar="SYSTEM", help="only these")
             sub.add_argument("--quick", action="store_true", help="tiny models, nothing trained")
+        if name == "savers":
+            sub.add_argument("--models", nargs="+", choices=["llama", "lsd"], help="only these")
+            sub.add_argument("--seeds", type=int, default=3)
+            sub.add_argument("--threads", type=int, default=1)
         if name == "serve":
             sub.add_argument("--clients", type=int, default=50)
             sub.add_argument("--seconds", type=float, default=60.0, help="600 at most")

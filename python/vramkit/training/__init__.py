@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .activations import SavedActivations, compress_activations
 from .attention import MixedPrecisionAttention, fp32_attention
+from .checkpoint_plan import CheckpointPlan, plan_checkpoints
 from .checkpointing import (
     BlockCost,
     CheckpointChoice,
@@ -24,9 +25,11 @@ from .helpers import (
 from .islands import Island, measured_islands, rule_islands
 from .lsd import LSD
 from .multi_tensor import GradientNorm, cast_, gradient_norm, scale_, square_sum
+from .offloading import OffloadedActivations, offload_activations
 from .optimizer import AdamW
 from .pool import MemoryPool, PoolStats
 from .scaler import AdaptiveGradScaler, StepReport
+from .step_memory import StepEstimate, estimate_step
 from .wrapper import MixedPrecisionWrapper
 
 __all__ = [
@@ -35,26 +38,32 @@ __all__ = [
     "AdaptiveGradScaler",
     "BlockCost",
     "CheckpointChoice",
+    "CheckpointPlan",
     "CheckpointedBlock",
     "GradientNorm",
     "Island",
     "MemoryPool",
     "MixedPrecisionAttention",
     "MixedPrecisionWrapper",
+    "OffloadedActivations",
     "PoolStats",
     "SavedActivations",
+    "StepEstimate",
     "StepReport",
     "async_inference",
     "cast_",
     "choose_checkpoints",
     "compress_activations",
+    "estimate_step",
     "fp32_attention",
     "gradient_norm",
     "make_tensor_core_friendly",
     "measured_islands",
+    "offload_activations",
     "optimize_conv_memory_format",
     "optimized_inference",
     "peak_bytes",
+    "plan_checkpoints",
     "rule_islands",
     "scale_",
     "square_sum",

@@ -59,8 +59,15 @@ def fp32_attention(
         q: [batch, heads, queries, features]; `k` and `v` likewise.
         mask: Added to the scores, or booleans; broadcast to [batch, heads, queries, keys].
         rows: Queries in a piece.
+
+    Raises ValueError for a mask of more than four dimensions.
     """
+    if mask is not None and mask.dim() > 4:
+        raise ValueError(f"a mask has at most four dimensions, not {mask.dim()}")
     dtype = q.dtype
+    if mask is not None and mask.dim() != 4:
+        # torch's fused kernel on the CPU takes masks of two or four dimensions.
+        mask = mask[(None,) * (4 - mask.dim())]
     if q.device.type == "cuda" and dtype in (torch.float16, torch.bfloat16):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # fused: float32 inside
     with torch.autocast(q.device.type, enabled=False):

@@ -1,12 +1,13 @@
 """Activation checkpointing: blocks that compute their activations twice instead of keeping them.
 
 Which blocks of a chain should, for a budget in bytes, is solved exactly: `choose_checkpoints`.
+`plan_checkpoints` measures a model's blocks for it, on fake tensors.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,28 +23,57 @@ class CheckpointedBlock(nn.Module):
     """A module whose activations are computed again in the backward pass.
 
     Non-reentrant, with the forward pass' random numbers, and batch statistics are counted once:
-    running means and variances are what they would be without checkpointing. Keys of the state_dict
-    are the module's own, behind ``module.``.
+    running means and variances are what they would be without checkpointing. The state_dict is the
+    module's own, and its attributes can be read as if it were there itself.
 
     >>> block = CheckpointedBlock(torch.nn.Linear(2, 2))
     >>> block(torch.ones(1, 2)).sum().backward()
+    >>> list(block.state_dict()), block.in_features
+    (['weight', 'bias'], 2)
     """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
+        self.training = module.training
+        self.register_load_state_dict_pre_hook(_as_modules)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own output."""
         if not (torch.is_grad_enabled() and self.training):
             return self.module(*args, **kwargs)
-        return checkpoint(
-            self.module,
-            *args,
-            use_reentrant=False,
-            context_fn=lambda: (contextlib.nullcontext(), _statistics_kept(self.module)),
-            **kwargs,
-        )
+        return _again(self.module, self.module, args, kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's."""
+        return self.module.state_dict(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "module":
+                raise
+            return getattr(self.module, name)
+
+
+def _as_modules(_block: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Keys of the module, as the wrapper has them."""
+    for key in [k for k in state_dict if k.startswith(prefix)]:
+        state_dict[f"{prefix}module.{key[len(prefix) :]}"] = state_dict.pop(key)
+
+
+def _again(
+    module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """What `forward` returns, its activations computed again in the backward pass."""
+    return checkpoint(
+        forward,
+        *args,
+        use_reentrant=False,
+        context_fn=lambda: (contextlib.nullcontext(), _statistics_kept(module)),
+        **kwargs,
+    )
 
 
 @contextlib.contextmanager
@@ -68,6 +98,22 @@ class BlockCost(NamedTuple):
     """What is kept where they are not."""
     forward_cost: float
     """Of computing them again: seconds, or operations."""
+    need_bytes: int | None = None
+    """The most beside what the blocks before it keep, in its own forward and backward pass, where
+    its activations are kept; None: `saved_bytes`."""
+    need_again_bytes: int | None = None
+    """The same where they are not; None: `saved_bytes` and `input_bytes`."""
+
+    def kept(self, again: bool) -> int:
+        """Bytes from its forward pass to its backward pass."""
+        return self.input_bytes if again else self.saved_bytes
+
+    def need(self, again: bool) -> int:
+        """The most at once, beside what the blocks before it keep."""
+        if again:
+            whole = self.saved_bytes + self.input_bytes
+            return whole if self.need_again_bytes is None else self.need_again_bytes
+        return self.saved_bytes if self.need_bytes is None else self.need_bytes
 
 
 class CheckpointChoice(NamedTuple):
@@ -82,14 +128,12 @@ class CheckpointChoice(NamedTuple):
 
 
 def peak_bytes(blocks: Sequence[BlockCost], checkpointed: Sequence[bool]) -> int:
-    """The most saved bytes at once: while a block goes backward, its own and all before it."""
+    """The most bytes at once: each block's own need, and what all before it keep."""
     kept = peak = 0
     for block, again in zip(blocks, checkpointed, strict=True):
-        # Computed again, a block's activations come beside its kept input.
-        own = block.saved_bytes + (block.input_bytes if again else 0)
-        peak = max(peak, kept + own)
-        kept += block.input_bytes if again else block.saved_bytes
-    return peak
+        peak = max(peak, kept + block.need(again))
+        kept += block.kept(again)
+    return max(peak, kept)
 
 
 def choose_checkpoints(blocks: Sequence[BlockCost], budget_bytes: int) -> CheckpointChoice:
@@ -110,11 +154,11 @@ def choose_checkpoints(blocks: Sequence[BlockCost], budget_bytes: int) -> Checkp
     for block in blocks:
         grown: list[tuple[int, float, Any]] = []
         for kept, cost, choice in states:
-            if kept + block.saved_bytes <= budget_bytes:
-                grown.append((kept + block.saved_bytes, cost, (False, choice)))
-            if kept + block.saved_bytes + block.input_bytes <= budget_bytes:
-                total = cost + block.forward_cost
-                grown.append((kept + block.input_bytes, total, (True, choice)))
+            for again in (False, True):
+                after = kept + block.kept(again)
+                if max(after, kept + block.need(again)) <= budget_bytes:
+                    total = cost + (block.forward_cost if again else 0.0)
+                    grown.append((after, total, (again, choice)))
         states = _undominated(grown, budget_bytes)
         if not states:
             least = _least_peak(blocks)
@@ -161,13 +205,15 @@ def _least_peak(blocks: Sequence[BlockCost]) -> int:
 
 
 def _fits(blocks: Sequence[BlockCost], budget_bytes: int) -> bool:
+    """Whether any choice does: of those that fit so far, only the one that keeps least matters."""
     kept = 0
     for block in blocks:
-        own = block.saved_bytes + block.input_bytes
-        if block.input_bytes < block.saved_bytes and kept + own <= budget_bytes:
-            kept += block.input_bytes
-        elif kept + block.saved_bytes <= budget_bytes:
-            kept += block.saved_bytes
-        else:
+        after = [
+            kept + block.kept(again)
+            for again in (False, True)
+            if max(kept + block.need(again), kept + block.kept(again)) <= budget_bytes
+        ]
+        if not after:
             return False
+        kept = min(after)
     return True

@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..layers.base import QuantizedLayer
 from ..precision import PrecisionMode
+from .wrapper import _device_of, _mode
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -31,28 +33,34 @@ def make_tensor_core_friendly(channels: int, multiple: int = 8) -> int:
 def optimize_conv_memory_format(model: Model, *, inputs: bool = True) -> Model:
     """Put convolutions' weights channels-last, 2-D and 3-D; returns the model.
 
+    Converted layers are left alone: their codes lie as their kernels want them.
+
     Args:
         model: Changed in place; its values, and the objects that its parameters are, stay.
         inputs: Also lay out what enters the model: a hook on its forward pass, so that the first
             convolution need not copy.
+
+    >>> model = optimize_conv_memory_format(torch.nn.Conv2d(3, 8, 3))
+    >>> model(torch.zeros(1, 3, 8, 8)).is_contiguous(memory_format=torch.channels_last)
+    True
     """
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     kinds = (nn.Conv2d, nn.ConvTranspose2d, nn.Conv3d, nn.ConvTranspose3d)
     for module in model.modules():
-        if isinstance(module, kinds):
+        if isinstance(module, kinds) and not isinstance(module, QuantizedLayer):
             weight = module.weight
             weight.data = weight.data.contiguous(memory_format=formats[weight.dim()])
 
-    def lay_out(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(
-            a.contiguous(memory_format=formats[a.dim()])
-            if isinstance(a, Tensor) and a.dim() in formats
-            else a
-            for a in args
-        )
+    def lay_out(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return tuple(map(laid_out, args)), {k: laid_out(v) for k, v in kwargs.items()}
+
+    def laid_out(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.dim() in formats:
+            return value.contiguous(memory_format=formats[value.dim()])
+        return value
 
     if inputs:
-        model.register_forward_pre_hook(lay_out)
+        model.register_forward_pre_hook(lay_out, with_kwargs=True)
     return model
 
 
@@ -92,18 +100,18 @@ def _same_shape(prediction: Tensor, target: Tensor) -> None:
 
 
 def autocast_for(precision: PrecisionMode | str, device: torch.device) -> Any:
-    """torch.autocast in a precision, or nothing for fp32. ValueError for what autocast has not."""
-    mode = PrecisionMode.parse(precision)
+    """torch.autocast in a precision ("auto": the device's best), or nothing for fp32.
+
+    Raises ValueError for what autocast has not, PrecisionUnavailableError for what the device has
+    not.
+    """
+    plain = (PrecisionMode.FP32, PrecisionMode.FP16, PrecisionMode.BF16)
+    if str(precision).strip().lower() != "auto" and PrecisionMode.parse(precision) not in plain:
+        raise ValueError(f"autocast computes in fp16, bf16, fp32 or auto, not {precision}")
+    mode = _mode(precision, device)
     if mode is PrecisionMode.FP32:
         return contextlib.nullcontext()
-    if mode not in (PrecisionMode.FP16, PrecisionMode.BF16):
-        raise ValueError(f"autocast computes in fp16, bf16 or fp32, not {mode.value}")
     return torch.autocast(device.type, dtype=mode.torch_dtype)
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    first = next(model.parameters(), None)
-    return torch.device("cpu") if first is None else first.device
 
 
 @torch.inference_mode()
@@ -116,7 +124,10 @@ def optimized_inference(model: nn.Module, x: Any, precision: PrecisionMode | str
     Args:
         model: Its mode, training or evaluation, is put back.
         x: A tensor, moved to the model's device, or a tuple of arguments.
-        precision: "fp16", "bf16" or "fp32".
+        precision: "fp16", "bf16", "fp32", or "auto" for what the device is best at.
+
+    Raises ValueError for another precision, PrecisionUnavailableError for one that the device
+    lacks.
     """
     device = _device_of(model)
     args = x if isinstance(x, tuple) else (x,)
@@ -159,6 +170,7 @@ def async_inference(
     ready: queue.Queue[Any] = queue.Queue(maxsize=depth)
     stop = threading.Event()
     copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+    returns = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def put(item: Any) -> bool:
         while not stop.is_set():
@@ -185,7 +197,7 @@ def async_inference(
                 if event is not None:
                     torch.cuda.current_stream(device).wait_event(event)
                     batch.record_stream(torch.cuda.current_stream(device))
-                results.append(_returned(model(batch)))
+                results.append(_returned(model(batch), returns))
     finally:
         stop.set()
         thread.join()
@@ -214,9 +226,12 @@ def _sent(batch: Tensor, device: torch.device, copies: Any) -> tuple[Tensor, Any
     return there, event
 
 
-def _returned(result: Tensor) -> Tensor:
+def _returned(result: Tensor, returns: Any) -> Tensor:
     if result.device.type != "cuda":
         return result
     host = torch.empty(result.shape, dtype=result.dtype, pin_memory=True)
-    host.copy_(result, non_blocking=True)
+    returns.wait_stream(torch.cuda.current_stream(result.device))
+    with torch.cuda.stream(returns):
+        host.copy_(result, non_blocking=True)
+        result.record_stream(returns)
     return host

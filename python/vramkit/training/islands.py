@@ -1,7 +1,8 @@
 """Which modules of a model stay in float32 while the rest computes in 16 bits.
 
-By rule: normalizations. By measurement: modules whose inputs, outputs or weights would overflow
-float16, or lose too many of their outputs below its smallest number, on calibration inputs.
+By rule: normalizations, and what has weights beyond the range of the 16 bits. By measurement:
+modules whose inputs or outputs would overflow float16, or lose too many of their outputs below its
+smallest number, on calibration inputs.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ class Island(NamedTuple):
 
     name: str
     reason: str
+    overflows: bool = False
+    """Whether its output was measured to overflow."""
 
 
 def rule_islands(model: nn.Module) -> list[Island]:
@@ -34,6 +37,22 @@ def rule_islands(model: nn.Module) -> list[Island]:
         if (isinstance(module, known) or type(module).__name__.endswith("Norm"))
         and any(True for _ in module.parameters(recurse=False))
     ]
+
+
+@torch.no_grad()
+def overflowing_weights(model: nn.Module, dtype: torch.dtype) -> list[Island]:
+    """Modules with a parameter or buffer of their own that `dtype` would make infinite."""
+    most = torch.finfo(dtype).max
+    found = []
+    for name, module in model.named_modules():
+        for key, t in (*module.named_parameters("", False), *module.named_buffers("", False)):
+            if t.is_floating_point() and t.numel() and not t.is_meta:
+                low, high = torch.aminmax(t)
+                largest = max(-float(low), float(high))
+                if most < largest < float("inf"):
+                    found.append(Island(name, f"its {key} reaches {largest:.3g}"))
+                    break
+    return found
 
 
 @torch.no_grad()
@@ -52,19 +71,18 @@ def measured_islands(
     limits = torch.finfo(dtype)
     most = limits.max / HEADROOM
     least = limits.smallest_normal * limits.eps / 2  # half the smallest subnormal: rounds to 0
-    reasons: dict[str, str] = {}
+    reasons = {name: reason for name, reason, _ in overflowing_weights(model, dtype)}
+    overflowing: set[str] = set()
     names = {module: name for name, module in model.named_modules()}
-    for name, module in model.named_modules():
-        for key, p in module.named_parameters(recurse=False):
-            if p.is_floating_point() and p.numel() and float(p.abs().max()) > limits.max:
-                reasons.setdefault(name, f"{key} reaches {float(p.abs().max()):.3g}")
 
-    def look(module: nn.Module, args: Any, output: Any) -> None:
+    def look(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         name = names[module]
-        for what, value in (("input", args), ("output", output)):
+        for what, value in (("input", (args, kwargs)), ("output", output)):
             for tensor in _tensors(value):
                 largest = float(tensor.abs().max())
                 if largest > most:
+                    if what == "output":
+                        overflowing.add(name)
                     reasons.setdefault(name, f"its {what} reaches {largest:.3g}")
                 elif what == "output":
                     there = tensor != 0
@@ -73,7 +91,7 @@ def measured_islands(
                         reasons.setdefault(name, f"{lost} of its outputs would vanish")
 
     leaves = [m for m in names if any(True for _ in m.parameters(recurse=False))]
-    hooks = [m.register_forward_hook(look) for m in leaves]
+    hooks = [m.register_forward_hook(look, with_kwargs=True) for m in leaves]
     modes = [(m, m.training) for m in model.modules()]
     try:
         model.eval()
@@ -84,7 +102,7 @@ def measured_islands(
             hook.remove()
         for module, training in modes:
             module.training = training
-    return [Island(name, reason) for name, reason in reasons.items()]
+    return [Island(name, reason, name in overflowing) for name, reason in reasons.items()]
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -6,12 +6,14 @@ import contextlib
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..precision import PrecisionMode
+
+_Key = tuple[torch.device, torch.dtype, int, tuple[int, ...]]
 
 
 class PoolStats(NamedTuple):
@@ -32,9 +34,10 @@ class PoolStats(NamedTuple):
 class MemoryPool:
     """Hands out uninitialized tensors of one precision and takes them back.
 
-    A buffer is handed out to one at a time: `get_tensor` leases it until `release`. Free buffers are
-    kept by device, dtype, stream and shape: on CUDA a buffer goes back to the stream that had it, so
-    that work still enqueued there comes before its next use. Threads may share a pool.
+    A buffer is handed out to one at a time: `get_tensor` leases it until `release`. Free buffers
+    are kept by device, dtype, stream and shape: on CUDA a buffer goes back to the stream that had
+    it, so that work still enqueued there comes before its next use; where it was released on
+    another stream, that one's work is waited for. Threads may share a pool.
 
     Args:
         precision: "fp16", "bf16" or "fp32".
@@ -60,8 +63,9 @@ class MemoryPool:
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(device)
-        self._free: dict[object, list[Tensor]] = defaultdict(list)
-        self._leased: dict[int, tuple[object, Tensor]] = {}
+        # With the event that the next to lease it waits for, if any.
+        self._free: dict[_Key, list[tuple[Tensor, Any]]] = defaultdict(list)
+        self._leased: dict[int, tuple[_Key, Tensor]] = {}
         self._lock = threading.Lock()
         self._hits = self._misses = 0
 
@@ -69,28 +73,35 @@ class MemoryPool:
         """Lease a buffer of this shape; its content is arbitrary. Give it back with `release`."""
         if any(n < 0 for n in shape):
             raise ValueError(f"a shape has no negative sizes: {tuple(shape)}")
-        key = (self._stream(), tuple(shape))
+        key = (self.device, self.dtype, self._stream(), tuple(shape))
         with self._lock:
             waiting = self._free[key]
+            event = None
             if waiting:
+                buffer, event = waiting.pop()
                 self._hits += 1
-                buffer = waiting.pop()
             else:
-                self._misses += 1
                 buffer = torch.empty(tuple(shape), dtype=self.dtype, device=self.device)
+                self._misses += 1
             self._leased[id(buffer)] = (key, buffer)
+        if event is not None:
+            torch.cuda.current_stream(self.device).wait_event(event)
         return buffer
 
     def release(self, buffer: Tensor) -> None:
         """Take a buffer back. ValueError for one that this pool did not lease, or has back."""
         with self._lock:
-            found = self._leased.pop(id(buffer), None)
+            found = self._leased.get(id(buffer))
             if found is None or found[1] is not buffer:
                 raise ValueError(
                     "this tensor is not leased from the pool: release what get_tensor returned, "
                     "once, and not a view of it"
                 )
-            self._free[found[0]].append(buffer)
+            del self._leased[id(buffer)]
+            key, event = found[0], None
+            if key[2] != self._stream():
+                event = torch.cuda.current_stream(self.device).record_event()
+            self._free[key].append((buffer, event))
 
     @contextlib.contextmanager
     def lease(self, shape: Sequence[int]) -> Iterator[Tensor]:
@@ -104,7 +115,7 @@ class MemoryPool:
     def clear(self) -> int:
         """Let go of the free buffers; returns their bytes."""
         with self._lock:
-            freed = sum(_bytes(b) for waiting in self._free.values() for b in waiting)
+            freed = sum(b.nbytes for waiting in self._free.values() for b, _ in waiting)
             self._free.clear()
         return freed
 
@@ -112,12 +123,12 @@ class MemoryPool:
         """How many buffers and bytes there are."""
         with self._lock:
             leased = [b for _, b in self._leased.values()]
-            free = [b for waiting in self._free.values() for b in waiting]
+            free = [b for waiting in self._free.values() for b, _ in waiting]
             return PoolStats(
                 len(leased),
-                sum(map(_bytes, leased)),
+                sum(b.nbytes for b in leased),
                 len(free),
-                sum(map(_bytes, free)),
+                sum(b.nbytes for b in free),
                 self._hits,
                 self._misses,
             )
@@ -126,7 +137,3 @@ class MemoryPool:
         if self.device.type != "cuda":
             return 0
         return int(torch.cuda.current_stream(self.device).cuda_stream)
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
@@ -9,9 +10,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .._operators import encode_again
+from ..errors import PrecisionUnavailableError
+from ..hardware import has_native_bf16
+from ..layers.base import PART_NAMES, QuantizedLayer, part_name
 from ..precision import PrecisionMode
-from .islands import Island, measured_islands, rule_islands
-from .multi_tensor import cast_, is_dense
+from .activations import has_values
+from .islands import Island, measured_islands, overflowing_weights, rule_islands
+from .multi_tensor import cast_, is_dense, square_sum
 from .optimizer import AdamW
 
 _LINE = 64
@@ -27,25 +33,31 @@ class MixedPrecisionWrapper(nn.Module):
     16-bit weights with what rounding leaves in another 16 bits (`optimizer()` makes the AdamW that
     does so): half the masters' bytes.
 
-    Modules that 16 bits would harm, the islands, stay in float32: normalizations, and with
-    `calibration` those whose values would overflow or vanish. They get their inputs in float32 and
-    give their outputs back in the model's dtype.
+    Modules that 16 bits would harm, the islands, stay in float32: normalizations, modules with a
+    weight beyond float16's range, and with `calibration` those whose values would overflow or
+    vanish. They get their inputs in float32 and give their outputs back in the model's dtype; with
+    ``wide_islands`` an output that was measured to overflow stays in float32, and the modules that
+    take it cast it themselves.
 
     A float16 forward pass with an infinity or NaN in its output, from finite inputs, is run again
     in bfloat16, which the model then keeps; a warning says so, and `fallbacks` lists it.
 
-    The state_dict is the plain model's: same keys, and either loads the other's.
+    The state_dict is the plain model's: same keys and shapes (FP8 weights are decoded into it, and
+    encoded when it is loaded), and either loads the other's.
 
     Args:
         model: Changed in place; in float32.
         precision: "fp16", "bf16", "fp32", "fp8" (inference only: weights are stored in FP8, see
-            `vramkit.convert`), or "auto": what the model's device is best at.
+            `vramkit.convert`), or "auto": bf16 on a GPU that has it, fp16 on an older one, fp32
+            on the CPU.
         calibration: Tuples of positional arguments, for the scan that finds islands.
         islands: Names of further modules to keep in float32.
         masters: "fp32" or "compensated"; how a model in training mode keeps small updates.
+        wide_islands: Needs `calibration`.
 
     Raises ValueError for an unknown precision or a name that is no module's, TypeError for a model
-    that is not in float32, RuntimeError for `train()` after the parameters have been cast.
+    that is not in float32, PrecisionUnavailableError for bf16 on a GPU that only emulates it (the
+    model is unchanged then), RuntimeError for `train()` after the parameters have been cast.
 
     >>> wrapped = MixedPrecisionWrapper(torch.nn.Linear(4, 2).eval(), "bf16")
     >>> wrapped(torch.ones(1, 4)).dtype, next(wrapped.parameters()).dtype
@@ -60,8 +72,11 @@ class MixedPrecisionWrapper(nn.Module):
         calibration: Iterable[tuple[Any, ...]] | None = None,
         islands: Iterable[str] = (),
         masters: Literal["fp32", "compensated"] = "fp32",
+        wide_islands: bool = False,
     ) -> None:
-        mode = _mode(precision)
+        mode = _mode(precision, _device_of(model))
+        if wide_islands and calibration is None:
+            raise ValueError("wide_islands goes by what calibration inputs show: give calibration")
         if masters not in ("fp32", "compensated"):
             raise ValueError(f"masters is 'fp32' or 'compensated', not {masters!r}")
         for name, p in model.named_parameters():
@@ -82,7 +97,9 @@ class MixedPrecisionWrapper(nn.Module):
         self.fallbacks: list[str] = []
         self.training = model.training
         self._masters = masters
+        self._wide = wide_islands
         self._cast = False
+        self._keys = list(model.state_dict())
         self._hooks: list[Any] = []
         self.register_load_state_dict_pre_hook(_with_prefix)
         if mode is PrecisionMode.FP32:
@@ -110,7 +127,17 @@ class MixedPrecisionWrapper(nn.Module):
         return self._run(args, kwargs)
 
     def to_bf16(self, why: str) -> None:
-        """Go on in bfloat16: the fall-back from float16, also for `AdaptiveGradScaler.on_switch`."""
+        """Go on in bfloat16: the fall-back from float16, also for `AdaptiveGradScaler.on_switch`.
+
+        Raises PrecisionUnavailableError, with nothing changed, on a GPU that only emulates it.
+        """
+        try:
+            _check_device(PrecisionMode.BF16, _device_of(self.model))
+        except PrecisionUnavailableError as error:
+            raise PrecisionUnavailableError(
+                f"{why} in float16, and there is no bfloat16 to go on in: {error}; keep what "
+                "overflows in float32 (calibration=, islands=), or use fp32"
+            ) from None
         self.precision = PrecisionMode.BF16
         self.fallbacks.append(why)
         warnings.warn(f"{why} in float16: going on in bfloat16", RuntimeWarning, stacklevel=3)
@@ -145,8 +172,23 @@ class MixedPrecisionWrapper(nn.Module):
         return AdamW(groups, lr=lr, **options)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The plain model's."""
-        return self.model.state_dict(*args, **kwargs)
+        """The plain model's: its keys, in its order; values in the dtype that they have here."""
+        found = self.model.state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+        stored = [
+            (f"{prefix}{name}.{key}" if name else f"{prefix}{key}", layer, key)
+            for name, layer in self.model.named_modules()
+            if isinstance(layer, QuantizedLayer)
+            for key in layer.stored_names
+        ]
+        if stored:
+            for path, layer, key in stored:
+                for part in PART_NAMES:
+                    found.pop(f"{path[: -len(key)]}{part_name(key, part)}", None)
+                found[path] = layer.dense_weight(self.dtype, key)
+            for key in self._keys:
+                found[f"{prefix}{key}"] = found.pop(f"{prefix}{key}")
+        return found
 
     def parameter_bytes(self) -> int:
         """Bytes of the parameters and buffers as they are now."""
@@ -157,21 +199,28 @@ class MixedPrecisionWrapper(nn.Module):
         if self.precision is PrecisionMode.FP32:
             return self.model(*args, **kwargs)
         if not self._cast:
-            device = next(self.model.parameters()).device
-            with torch.autocast(device.type, dtype=self.dtype):
+            with torch.autocast(_device_of(self.model).type, dtype=self.dtype):
                 return self.model(*args, **kwargs)
         return self.model(*_cast_all(args, self.dtype), **_cast_all(kwargs, self.dtype))
 
-    def _before(self) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-        """What a pass that overflows would spoil: running statistics, the random state."""
+    def _before(self) -> tuple[list[tuple[Tensor, Tensor]], list[Any]]:
+        """What a pass that overflows would spoil: running statistics, the random states."""
         buffers = list(self.model.buffers()) if self.training else []
-        return [(b, b.detach().clone()) for b in buffers], torch.get_rng_state()
+        device = _device_of(self.model)
+        states = [torch.get_rng_state()] if self.training else []
+        if self.training and device.type == "cuda":
+            states.append(torch.cuda.get_rng_state(device))
+        return [(b, b.detach().clone()) for b in buffers], states
 
-    def _put_back(self, kept: tuple[list[tuple[Tensor, Tensor]], Tensor]) -> None:
+    def _put_back(self, kept: tuple[list[tuple[Tensor, Tensor]], list[Any]]) -> None:
+        buffers, states = kept
         with torch.no_grad():
-            for buffer, value in kept[0]:
+            for buffer, value in buffers:
                 buffer.copy_(value)
-        torch.set_rng_state(kept[1])
+        if states:
+            torch.set_rng_state(states[0])
+        if len(states) > 1:
+            torch.cuda.set_rng_state(states[1], _device_of(self.model))
 
     @torch.no_grad()
     def _cast_parameters(self) -> None:
@@ -195,22 +244,35 @@ class MixedPrecisionWrapper(nn.Module):
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        kept = {island.name for island in self.islands}
+        kept = {island.name: island for island in self.islands}
         for name, module in self.model.named_modules():
             if name in kept:
                 entered: list[Any] = []
-                before, after = _island_hooks(self, entered, autocast)
+                wide = self._wide and kept[name].overflows
+                before, after = _island_hooks(self, entered, autocast, wide)
                 self._hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
                 self._hooks.append(module.register_forward_hook(after, always_call=True))
+            elif self._narrows(name, module) and self._wide and not autocast:
+                self._hooks.append(module.register_forward_pre_hook(self._narrow, with_kwargs=True))
+
+    def _narrows(self, name: str, module: nn.Module) -> bool:
+        """Whether a module has parameters in 16 bits."""
+        within = any(f"{name}.".startswith(f"{island.name}.") for island in self.islands)
+        return not within and any(True for _ in module.parameters(recurse=False))
+
+    def _narrow(self, _module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """What an island left in float32, for a module in 16 bits; autocast does that itself."""
+        return _cast_all(args, self.dtype), _cast_all(kwargs, self.dtype)
 
 
-def _island_hooks(wrapper: MixedPrecisionWrapper, entered: list[Any], autocast: bool) -> Any:
-    """Casts before and after an island; under autocast, that is off inside."""
+def _island_hooks(
+    wrapper: MixedPrecisionWrapper, entered: list[Any], autocast: bool, wide: bool
+) -> Any:
+    """Casts before and after an island (not after a `wide` one); inside, autocast is off."""
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
         if autocast:
-            device = next(module.parameters()).device
-            off = torch.autocast(device.type, enabled=False)
+            off = torch.autocast(_device_of(module).type, enabled=False)
             off.__enter__()
             entered.append(off)
         return _cast_all(args, torch.float32), _cast_all(kwargs, torch.float32)
@@ -218,21 +280,40 @@ def _island_hooks(wrapper: MixedPrecisionWrapper, entered: list[Any], autocast: 
     def after(_module: nn.Module, _args: Any, output: Any) -> Any:
         if autocast and entered:
             entered.pop().__exit__(None, None, None)
-        return _cast_all(output, wrapper.dtype)
+        return output if wide else _cast_all(output, wrapper.dtype)
 
     return before, after
 
 
-def _mode(precision: PrecisionMode | str) -> PrecisionMode:
-    if isinstance(precision, str) and precision.strip().lower() == "auto":
-        from ..hardware import get_optimal_precision
+def _device_of(module: nn.Module) -> torch.device:
+    return next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
 
-        return get_optimal_precision()
+
+def _mode(precision: PrecisionMode | str, device: torch.device) -> PrecisionMode:
+    if isinstance(precision, str) and precision.strip().lower() == "auto":
+        if device.type != "cuda":
+            return PrecisionMode.FP32
+        return PrecisionMode.BF16 if has_native_bf16(device) else PrecisionMode.FP16
     mode = PrecisionMode.parse(precision)
     if mode not in _SUPPORTED:
         names = ", ".join(m.value for m in _SUPPORTED)
         raise ValueError(f"mixed precision is auto, {names}; not {mode.value}")
+    _check_device(mode, device)
     return mode
+
+
+def _check_device(mode: PrecisionMode, device: torch.device) -> None:
+    """Raise PrecisionUnavailableError where a device lacks a precision's 16-bit type.
+
+    FP8 is storage here and needs no matrix units, but what it is decoded to is bfloat16.
+    """
+    if mode.torch_dtype is not torch.bfloat16 or device.type != "cuda":
+        return
+    if not has_native_bf16(device):
+        raise PrecisionUnavailableError(
+            f"{device} computes in bfloat16 by emulation only (it begins with compute capability "
+            f"8.0), which {mode.value} needs: use fp16, or fp32"
+        )
 
 
 def _islands(
@@ -248,6 +329,7 @@ def _islands(
     if unknown:
         raise ValueError(f"no modules of these names to keep in float32: {unknown}")
     found = rule_islands(model)
+    found += overflowing_weights(model, mode.torch_dtype)
     found += [Island(name, "asked for") for name in further]
     if calibration is not None:
         found += measured_islands(model, calibration, mode.torch_dtype)
@@ -255,28 +337,26 @@ def _islands(
 
 
 def _into_arena(tensors: list[Tensor], dtype: torch.dtype) -> None:
-    """Make tensors views of one block of memory, in another dtype; what shares memory still does."""
-    tensors = list({id(t): t for t in tensors}.values())
-    places: dict[tuple[Any, ...], Tensor] = {}
-    end, starts = 0, {}
-    for t in tensors:
-        key = (t.device, t.data_ptr(), t.shape, t.stride())
-        if key in starts:
-            continue
-        starts[key] = end
-        end += -(-t.numel() // _LINE) * _LINE
-    if not tensors:
-        return
-    arena = torch.empty(end, dtype=dtype, device=tensors[0].device)
-    for t in tensors:
-        key = (t.device, t.data_ptr(), t.shape, t.stride())
-        if key not in places:
-            piece = arena[starts[key] : starts[key] + t.numel()]
+    """Make tensors views of one block of memory, in another dtype; what shares memory still does.
+
+    One after another: what a tensor leaves is free before the next one is cast.
+    """
+    places: dict[torch.device, dict[tuple[Any, ...], list[Tensor]]] = {}
+    for t in {id(t): t for t in tensors}.values():
+        key = (t.data_ptr(), t.shape, t.stride())
+        places.setdefault(t.device, {}).setdefault(key, []).append(t)
+    for device, groups in places.items():
+        total = sum(-(-same[0].numel() // _LINE) * _LINE for same in groups.values())
+        arena = torch.empty(total, dtype=dtype, device=device)
+        start = 0
+        for same in groups.values():
+            t = same[0]
             stride = t.stride() if is_dense(t) else t.contiguous().stride()
-            places[key] = piece.as_strided(t.shape, stride, piece.storage_offset())
-            cast_([t.detach()], [places[key]])
-    for t in tensors:
-        t.data = places[(t.device, t.data_ptr(), t.shape, t.stride())]
+            piece = arena.as_strided(t.shape, stride, start)
+            start += -(-t.numel() // _LINE) * _LINE
+            cast_([t.detach()], [piece])
+            for one in same:
+                one.data = piece
 
 
 def _cast_all(value: Any, dtype: torch.dtype) -> Any:
@@ -290,7 +370,9 @@ def _cast_all(value: Any, dtype: torch.dtype) -> Any:
 
 
 def _finite(value: Any) -> bool:
-    return all(bool(torch.isfinite(t.detach()).all()) for t in _floating(value))
+    """Whether all floating-point tensors in a value are; fake ones, of an estimate, count as so."""
+    found = [t for t in _floating(value) if has_values(t)]
+    return math.isfinite(square_sum(found))
 
 
 def _floating(value: Any) -> Iterator[Tensor]:
@@ -309,3 +391,17 @@ def _with_prefix(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) 
     """Keys of the plain model, where the wrapper is a part of another module too."""
     for key in [k for k in state_dict if k.startswith(prefix)]:
         state_dict[f"{prefix}model.{key[len(prefix) :]}"] = state_dict.pop(key)
+    for name, layer in module.model.named_modules():
+        if not isinstance(layer, QuantizedLayer):
+            continue
+        path = f"{prefix}model.{name}." if name else f"{prefix}model."
+        for key in layer.stored_names:
+            value = state_dict.get(path + key)
+            # Of another shape it stays, and the error names it as it does for a plain layer.
+            if value is None or tuple(value.shape) != layer.stored_parameter(key).shape:
+                continue
+            parts = encode_again(value, layer.parts_of(key))
+            del state_dict[path + key]
+            for part in PART_NAMES:
+                if getattr(parts, part) is not None:
+                    state_dict[path + part_name(key, part)] = getattr(parts, part)
