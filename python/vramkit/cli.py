@@ -1,4 +1,5 @@
-"""Command line: `vramkit demo | doctor | estimate | sensitivity | plan | convert | fit | serve`.
+"""Command line: `vramkit demo | doctor | estimate | sensitivity | plan | convert | fit | bench |
+serve`.
 
 Exit codes: 0 done; 1 an error that the text explains; 2 wrong usage; 3 a memory limit that
 cannot be met (the text, and `needed_bytes` in the JSON, say the smallest that would do).
@@ -21,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import __version__
+from .cli_bench import bench
 from .cli_heartmula import heartmula
 from .cli_qwen import qwen_image
 from .cli_serve import serve
@@ -647,6 +649,7 @@ def _verified(console: Console, model: Any, made: Any, inputs: Any) -> dict[str,
 
 
 reported = _reported  # for commands in files of their own
+main.add_command(bench)
 main.add_command(heartmula)
 main.add_command(serve)
 main.add_command(qwen_image)

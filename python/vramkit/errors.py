@@ -70,3 +70,7 @@ class PrecisionConfigError(VramkitError, ValueError):
 
 class PrunedModuleError(VramkitError, RuntimeError):
     """A call of a module whose weights were taken out because a trace never called it."""
+
+
+class UnavailablePrecisionError(VramkitError, ValueError):
+    """A precision that the device asked for cannot compute in."""

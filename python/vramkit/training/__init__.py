@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..hardware import get_optimal_precision
 from .activations import SavedActivations, compress_activations
 from .attention import MixedPrecisionAttention, fp32_attention
 from .checkpointing import (
@@ -26,13 +27,23 @@ from .lsd import LSD
 from .multi_tensor import GradientNorm, cast_, gradient_norm, scale_, square_sum
 from .optimizer import AdamW
 from .pool import MemoryPool, PoolStats
+from .report import Week1Report, generate_week1_report
 from .scaler import AdaptiveGradScaler, StepReport
+from .suite import (
+    BenchmarkResult,
+    benchmark_model_precision,
+    drift,
+    true_scale,
+    week1_final_benchmark,
+)
+from .video import MixedPrecisionLSD
 from .wrapper import MixedPrecisionWrapper
 
 __all__ = [
     "LSD",
     "AdamW",
     "AdaptiveGradScaler",
+    "BenchmarkResult",
     "BlockCost",
     "CheckpointChoice",
     "CheckpointedBlock",
@@ -40,15 +51,21 @@ __all__ = [
     "Island",
     "MemoryPool",
     "MixedPrecisionAttention",
+    "MixedPrecisionLSD",
     "MixedPrecisionWrapper",
     "PoolStats",
     "SavedActivations",
     "StepReport",
+    "Week1Report",
     "async_inference",
+    "benchmark_model_precision",
     "cast_",
     "choose_checkpoints",
     "compress_activations",
+    "drift",
     "fp32_attention",
+    "generate_week1_report",
+    "get_optimal_precision",
     "gradient_norm",
     "make_tensor_core_friendly",
     "measured_islands",
@@ -62,4 +79,6 @@ __all__ = [
     "stable_huber_loss",
     "stable_l1_loss",
     "stable_mse_loss",
+    "true_scale",
+    "week1_final_benchmark",
 ]
