@@ -81,12 +81,13 @@ def train(
     batch: int = 16,
     lr: float = 8e-3,
     noise: float = 0.0,
+    own: int = 0,
     seed: int = 1,
 ) -> list[float]:
     """Train on single frames; the loss of each step. Leaves the model in evaluation mode.
 
-    `noise` is the standard deviation of what is added to the frame before, which in use is the
-    model's own.
+    In use the frame before is the model's own. `noise` is the standard deviation of what is added
+    to the true one here; with `own`, up to so many frames of the model's own go before instead.
     """
     generator = torch.Generator().manual_seed(seed)
     trained.train()
@@ -99,8 +100,12 @@ def train(
         chosen = torch.randint(len(digits.pictures), (batch,), generator=generator)
         phase = torch.randint(PERIOD, (batch,), generator=generator)
         pictures = digits.pictures[chosen]
-        before = frames(pictures, phase - 1)
+        count = int(torch.randint(own + 1, (), generator=generator)) if own else 0
+        before = frames(pictures, phase - 1 - count)
         before = before + noise * torch.randn(before.shape, generator=generator)
+        with torch.no_grad():
+            for late in range(count, 0, -1):
+                before = trained(still(pictures), ((phase - late) % PERIOD).float(), before)
         made = trained(still(pictures), phase.float(), before)
         loss = F.mse_loss(made, frames(pictures, phase))
         loss.backward()
