@@ -184,7 +184,7 @@ def _cells(row: BenchmarkResult) -> tuple[str, ...]:
         _bytes(row.estimated_bytes),
         "" if row.seconds_per_frame is None else format_seconds(row.seconds_per_frame),
         "" if row.fps is None else f"{row.fps:.3g}",
-        "" if row.relative_error is None else f"{row.relative_error:.2e}",
+        "" if row.relative_error is None else f"{row.relative_error:.2g}",
         "" if row.drift is None else f"{row.drift:.2%}",
         "; ".join([*([row.error] if row.error else []), *row.notes]),
     )
@@ -322,7 +322,11 @@ def loss_chart(losses: Mapping[str, Sequence[float]]) -> str:
 
 def _style() -> str:
     """Colours of further curves, light and dark, and pixels that stay sharp."""
-    rules = ["img.frames{max-width:100%;image-rendering:pixelated}"]
+    rules = [
+        "img.frames{max-width:100%;image-rendering:pixelated}",
+        ".wide th,.wide td{overflow-wrap:normal;white-space:nowrap}",
+        ".wide td:last-child{white-space:normal;min-width:10rem}",
+    ]
     for which, (start, end) in enumerate((("", ""), ("@media (prefers-color-scheme:dark){", "}"))):
         rules.append(start)
         for number, pair in enumerate(_COLOURS):
