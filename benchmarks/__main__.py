@@ -27,6 +27,7 @@ SUITES = {
     "interop": "bitsandbytes' operators on our kernels and on its own; memory of a QLoRA step",
     "training": "unscale + norm + clip and AdamW over 300 tensors, against torch's and the memory",
     "savers": "training with memory savers: loss against float32's, peaks against their estimates",
+    "lsd": "the video model: trained on moving digits, 1,000 frames by precision, true scale",
     "serve": "the Chatterbox server under 50 clients: lost and mixed-up answers, latency, memory",
 }
 # Those that take a number of threads.
@@ -83,6 +84,15 @@ def main() -> int:
             sub.add_argument("--models", nargs="+", choices=["llama", "lsd"], help="only these")
             sub.add_argument("--seeds", type=int, default=3)
             sub.add_argument("--threads", type=int, default=1)
+        if name == "lsd":
+            sub.add_argument("--frames", type=int, default=1000)
+            sub.add_argument("--base", type=int, default=16, help="base channels, 16 or 32")
+            sub.add_argument("--steps", type=float, default=1.0, help="times the steps of training")
+            sub.add_argument("--weights", metavar="FILE", help="trained before, or kept for later")
+            sub.add_argument("--precisions", nargs="+", default=["bf16", "fp16", "fp8", "int8"])
+            sub.add_argument("--true-scale", action=argparse.BooleanOptionalAction, default=True)
+            sub.add_argument("--threads", type=int, default=1)
+            sub.add_argument("--report", metavar="FOLDER", help="HTML, Markdown and pictures")
         if name == "serve":
             sub.add_argument("--clients", type=int, default=50)
             sub.add_argument("--seconds", type=float, default=60.0, help="600 at most")

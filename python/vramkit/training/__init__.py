@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..hardware import get_optimal_precision
 from .activations import SavedActivations, compress_activations
 from .attention import MixedPrecisionAttention, fp32_attention
 from .checkpoint_plan import CheckpointPlan, plan_checkpoints
@@ -28,14 +29,24 @@ from .multi_tensor import GradientNorm, cast_, gradient_norm, scale_, square_sum
 from .offloading import OffloadedActivations, offload_activations
 from .optimizer import AdamW
 from .pool import MemoryPool, PoolStats
+from .report import Week1Report, generate_week1_report
 from .scaler import AdaptiveGradScaler, StepReport
 from .step_memory import StepEstimate, estimate_step
+from .suite import (
+    BenchmarkResult,
+    benchmark_model_precision,
+    drift,
+    true_scale,
+    week1_final_benchmark,
+)
+from .video import MixedPrecisionLSD
 from .wrapper import MixedPrecisionWrapper
 
 __all__ = [
     "LSD",
     "AdamW",
     "AdaptiveGradScaler",
+    "BenchmarkResult",
     "BlockCost",
     "CheckpointChoice",
     "CheckpointPlan",
@@ -44,18 +55,24 @@ __all__ = [
     "Island",
     "MemoryPool",
     "MixedPrecisionAttention",
+    "MixedPrecisionLSD",
     "MixedPrecisionWrapper",
     "OffloadedActivations",
     "PoolStats",
     "SavedActivations",
     "StepEstimate",
     "StepReport",
+    "Week1Report",
     "async_inference",
+    "benchmark_model_precision",
     "cast_",
     "choose_checkpoints",
     "compress_activations",
+    "drift",
     "estimate_step",
     "fp32_attention",
+    "generate_week1_report",
+    "get_optimal_precision",
     "gradient_norm",
     "make_tensor_core_friendly",
     "measured_islands",
@@ -71,4 +88,6 @@ __all__ = [
     "stable_huber_loss",
     "stable_l1_loss",
     "stable_mse_loss",
+    "true_scale",
+    "week1_final_benchmark",
 ]
