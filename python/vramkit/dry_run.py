@@ -7,6 +7,7 @@ other strides, or where the first call left something in the model that later on
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -122,8 +123,17 @@ class DryRun:
                     memo[id(tensor)] = make(tensor)
                 return memo[id(tensor)]
 
-        with Fakes():
-            return copy.deepcopy(value)
+        try:
+            with Fakes():
+                return copy.deepcopy(value)
+        except TypeError as error:  # it holds a lock, a file, a generator
+            warnings.warn(
+                f"an input of type {type(value).__name__} cannot be copied ({error}): following "
+                "the call may change it",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return value
 
     def _fake_or_known(self, value: Tensor) -> Tensor:
         known = value.device.type == "cpu" and not value.is_floating_point()

@@ -6,6 +6,7 @@ their guides want to save memory.
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -105,6 +106,14 @@ def test_what_a_call_brings_is_changed_by_the_call_alone(
         assert all(torch.equal(a, b) for a, b in zip(kept, expected[2], strict=True))
         assert cache.filled == 8
         assert torch.equal(cache.keys, expected[3].keys)
+
+
+def test_an_input_that_cannot_be_copied_is_said(tmp_path: Path) -> None:
+    model, cache = Stateful(), Cache()
+    cache.keys, cache.lock = torch.zeros(24), threading.Lock()  # type: ignore[attr-defined]
+    vramkit.enable_vram_management(model, f"{bytes_of(model) // 2} B", 0, folder=tmp_path)
+    with torch.no_grad(), pytest.warns(RuntimeWarning, match="Cache cannot be copied"):
+        model(torch.ones(2, 32), [0], [None] * 24, cache)
 
 
 def test_a_pipeline_that_loads_by_turns_is_not_offloaded(tmp_path: Path) -> None:
