@@ -5,58 +5,36 @@
 namespace vramkit::cpu {
 namespace {
 
-constexpr int kSumVectors = kSumLanes / (kLanes / 2);  // of float64: half as many to a vector
-
-double sum_of_lanes(const double* lanes) {
-  double sum = 0.0;
-  for (int k = 0; k < kSumLanes; ++k) sum += lanes[k];
-  return sum;
-}
-
-// `Pieces` whole pieces side by side, added to the total one after another: one alone would wait
-// for its own sums.
-template <DType type, int Pieces>
-void add_pieces(const std::uint8_t* from, double& total) {
-  Simd::D lanes[Pieces][kSumVectors] = {};
-  for (std::int64_t i = 0; i < kSumPiece; i += kSumLanes) {
-    for (int p = 0; p < Pieces; ++p) {
-      for (int k = 0; k < kSumLanes / kLanes; ++k) {
-        const F v = load<type>(from + (p * kSumPiece + i + k * kLanes) * bytes_of(type));
-        // Squares of float32 are exact in float64: the sum alone rounds, fused or not.
-        Simd::add_squares(v, lanes[p][2 * k], lanes[p][2 * k + 1]);
-      }
-    }
-  }
-  for (int p = 0; p < Pieces; ++p) {
-    alignas(64) double sums[kSumLanes];
-    std::memcpy(sums, lanes[p], sizeof(sums));
-    total += sum_of_lanes(sums);
-  }
-}
-
 template <DType type>
 double square_sum_of(const void* x, std::int64_t count) {
-  const auto* bytes = static_cast<const std::uint8_t*>(x);
+  static_assert(kSumLanes == 16);
+  auto bytes = static_cast<const std::uint8_t*>(x);
   double total = 0.0;
-  std::int64_t piece = 0;
-  for (; piece + 2 * kSumPiece <= count; piece += 2 * kSumPiece) {
-    add_pieces<type, 2>(bytes + piece * bytes_of(type), total);
-  }
-  for (; piece + kSumPiece <= count; piece += kSumPiece) {
-    add_pieces<type, 1>(bytes + piece * bytes_of(type), total);
-  }
-  if (piece == count) return total;
-  double sums[kSumLanes] = {};
-  for (std::int64_t i = piece; i < count; i += kLanes) {
-    alignas(64) float some[kLanes];
-    const std::int64_t n = smaller(kLanes, count - i);
-    Simd::store(some, load_part<type>(bytes + i * bytes_of(type), n));
-    for (std::int64_t k = 0; k < n; ++k) {
-      const double value = some[k];
-      sums[(i + k) % kSumLanes] += value * value;
+  for (std::int64_t piece = 0; piece < count; piece += kSumPiece) {
+    const std::int64_t n = smaller(kSumPiece, count - piece);
+    const auto* from = bytes + piece * bytes_of(type);
+    Simd::D lanes[kSumLanes / (kLanes / 2)] = {};  // of float64: half as many to a vector
+    std::int64_t i = 0;
+    for (; i + kSumLanes <= n; i += kSumLanes) {
+      for (int k = 0; k < kSumLanes / kLanes; ++k) {
+        const F v = load<type>(from + (i + k * kLanes) * bytes_of(type));
+        // Squares of float32 are exact in float64: the sum alone rounds, fused or not.
+        Simd::add_squares(v, lanes[2 * k], lanes[2 * k + 1]);
+      }
     }
+    alignas(64) double sums[kSumLanes];
+    std::memcpy(sums, lanes, sizeof(sums));
+    for (int k = 0; i < n; ++i, ++k) {
+      alignas(64) float one[kLanes];
+      Simd::store(one, load_part<type>(from + i * bytes_of(type), 1));
+      const double value = one[0];
+      sums[k] += value * value;
+    }
+    double sum = 0.0;
+    for (const double lane : sums) sum += lane;
+    total += sum;
   }
-  return total + sum_of_lanes(sums);
+  return total;
 }
 
 double square_sum(const void* x, DType type, std::int64_t count) {
