@@ -1,19 +1,21 @@
 """Work over a model's 300 gradients and parameters: ours and torch's passes, beside the memory.
 
 Tensors of odd sizes, more bytes than the caches hold. The limit of a pass is the bytes that it must
-move, read or written, over the read rate measured in the same minute.
+move, read or written, over the rate at which torch sums a buffer, measured in turn with the rest.
+One thread is timed by its own processor time, several by the clock on the wall.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from vramkit.training import AdamW, cast_, gradient_norm, scale_
 
-from .runner import in_turn, read_rate
+from .runner import in_turn
 
 TENSORS = 300
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -22,6 +24,20 @@ NORM_RATIO = 3.0
 STEP_RATIO = 1.0
 # The share of the memory's rate that counts as reaching it.
 AT_RATE = 0.8
+
+
+def timed(work: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """Median seconds of each, and under "byte" those of reading one."""
+    alone = torch.get_num_threads() == 1
+    buffer = torch.ones(16 << 20, dtype=torch.int64)
+    times = in_turn(
+        {**work, "byte": buffer.sum},
+        repeats=9,
+        slowest=1.0,
+        clock=time.thread_time if alone else time.perf_counter,
+    )
+    times["byte"] /= buffer.numel() * buffer.element_size()
+    return times
 
 
 def sizes(elements: int) -> list[int]:
@@ -80,14 +96,14 @@ def norms(elements: int) -> tuple[dict[str, Any], list[str]]:
             gradient_norm(tensors, scale=1.0, clip=1e9)
             scale_(tensors, 0.99999994)  # for a step that takes no factor
 
-        times = in_turn(
+        times = timed(
             {
                 "ours": lambda ts=tensors: gradient_norm(ts, scale=1.0, clip=1e9),
                 "ours with a scaling pass": with_pass,
                 "torch": torch_passes(tensors),
             }
         )
-        limit = nbytes / read_rate()
+        limit = nbytes * times.pop("byte")
         ratio = times["torch"] / times["ours"]
         found[name] = {
             **times,
@@ -163,11 +179,10 @@ def steps(elements: int) -> tuple[dict[str, Any], list[str]]:
     print(f"\na step of AdamW, {TENSORS} tensors, {elements / 1e6:.0f} M parameters")
     print(f"{'parameters':32}{'ours ms':>9}{'limit':>8}{'torch fused':>13}{'ratio':>7}")
     for name, (options, dtype, moved) in VARIANTS.items():
-        times = in_turn(
-            {"ours": ours(elements, options, dtype), "torch": theirs(elements, options, dtype)},
-            repeats=9,
+        times = timed(
+            {"ours": ours(elements, options, dtype), "torch": theirs(elements, options, dtype)}
         )
-        limit = elements * (moved + dtype.itemsize) / read_rate()
+        limit = elements * (moved + dtype.itemsize) * times.pop("byte")
         ratio = times["torch"] / times["ours"]
         found[name] = {**times, "limit": limit, "ratio": ratio}
         print(
@@ -198,7 +213,8 @@ def whole(elements: int) -> dict[str, Any]:
         passes()
         peer.step()
 
-    times = in_turn({"ours": run, "torch": run_peer}, repeats=9)
+    times = timed({"ours": run, "torch": run_peer})
+    del times["byte"]
     ratio = times["torch"] / times["ours"]
     print(
         f"\nunscale, check, norm, clip and AdamW, fp32: ours {times['ours'] * 1e3:.1f} ms, torch "
@@ -214,15 +230,14 @@ def casts(elements: int) -> dict[str, Any]:
     print(f"\ncasts of {TENSORS} tensors from fp32, ms: ours, at random, torch; limit")
     for name in ("bf16", "fp16"):
         targets = [torch.empty_like(t, dtype=DTYPES[name]) for t in sources]
-        times = in_turn(
+        times = timed(
             {
                 "ours": lambda ts=targets: cast_(sources, ts),
                 "ours, stochastic": lambda ts=targets: cast_(sources, ts, seed=1),
                 "torch": lambda ts=targets: torch._foreach_copy_(ts, sources),
-            },
-            repeats=9,
+            }
         )
-        limit = elements * 6 / read_rate()
+        limit = elements * 6 * times.pop("byte")
         found[name] = {**times, "limit": limit}
         print(
             f"{name:8}" + "".join(f"{t * 1e3:9.1f}" for t in times.values()) + f"{limit * 1e3:9.1f}"

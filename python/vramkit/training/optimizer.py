@@ -143,8 +143,11 @@ class AdamW(torch.optim.Optimizer):
             ready.append(self._ready(group, first))
             first += len(group["params"])
         for group, parameters in zip(self.param_groups, ready, strict=True):
-            for device in dict.fromkeys(one.parameter.device for one in parameters):
-                chosen = [one for one in parameters if one.parameter.device == device]
+            devices: dict[torch.device | None, list[_Ready]] = {}
+            for one in parameters:
+                on = None if one.parameter.is_cpu else one.parameter.device
+                devices.setdefault(on, []).append(one)
+            for chosen in devices.values():
                 self._update(group, chosen, factor)
         return loss
 
@@ -158,8 +161,8 @@ class AdamW(torch.optim.Optimizer):
             if gradient.is_sparse:
                 raise TypeError("AdamW takes dense gradients: use sparse=False in the embedding")
             _check(p, group["masters"])
-            both = p.is_contiguous() and gradient.is_contiguous()
-            if not both and gradient.stride() != p.stride():
+            alike = p.is_contiguous() and gradient.is_contiguous()
+            if not alike and gradient.stride() != p.stride():
                 gradient = torch.empty_like(p, dtype=gradient.dtype).copy_(gradient)
             found.append(_Ready(place, p, gradient))
         return found
@@ -274,7 +277,7 @@ def _check_options(
 def _check(p: Tensor, masters: Masters | None) -> None:
     if p.dtype not in (torch.float32, *_HALVES):
         raise TypeError(f"AdamW takes float32, bfloat16 and float16, not {p.dtype}")
-    if p.device.type not in _DEVICES:
+    if not p.is_cpu and p.device.type not in _DEVICES:
         raise TypeError(
             f"AdamW runs on {' and '.join(_DEVICES)} in this build, and a parameter is on "
             f"{p.device}: use torch.optim.AdamW(fused=True) there"
