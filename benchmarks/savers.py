@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import files
 from statistics import mean
 from typing import Any
@@ -60,6 +60,7 @@ class Case:
     blocks: Callable[[nn.Module], list[str]]
     steps: int
     rate: float
+    scale: float = 2.0**16  # of the first loss in fp16
 
 
 def licence(most: int = 200_000) -> Tensor:
@@ -142,10 +143,10 @@ CASES = {
         Llama,
         text_batches,
         lambda m: [n for n, x in m.named_modules() if type(x).__name__ == "LlamaDecoderLayer"],
-        30,
+        20,
         3e-3,
     ),
-    "lsd": Case(lambda: LSD(16), video_batches, lsd_blocks, 8, 3e-3),
+    "lsd": Case(lambda: LSD(16), video_batches, lsd_blocks, 8, 3e-3, 2.0**7),
 }
 
 
@@ -156,6 +157,8 @@ def run(options: Any) -> tuple[dict[str, Any], list[str]]:
     missed: list[str] = []
     for name in options.models or CASES:
         case = CASES[name]
+        if options.steps:
+            case = replace(case, steps=options.steps)
         start = time.perf_counter()
         plan = planned(case)
         print(f"{name}: {plan}")
@@ -202,7 +205,7 @@ def one(case: Case, precision: str, saver: str, plan: CheckpointPlan, seeds: int
             plan.apply(model)
         wrapped = MixedPrecisionWrapper(model, precision)
         optimizer = AdamW(wrapped.parameters(), lr=case.rate)
-        scaler = AdaptiveGradScaler(enabled=precision == "fp16")
+        scaler = AdaptiveGradScaler(case.scale, enabled=precision == "fp16")
         batch = case.batches(seed)
         curve = []
 
