@@ -343,7 +343,8 @@ def _into_arena(tensors: list[Tensor], dtype: torch.dtype) -> None:
     """
     places: dict[torch.device, dict[tuple[Any, ...], list[Tensor]]] = {}
     for t in {id(t): t for t in tensors}.values():
-        key = (t.data_ptr(), t.shape, t.stride())
+        # Without memory (shapes alone, or no element) no two share any.
+        key = (t.data_ptr() or id(t), t.shape, t.stride())
         places.setdefault(t.device, {}).setdefault(key, []).append(t)
     for device, groups in places.items():
         total = sum(-(-same[0].numel() // _LINE) * _LINE for same in groups.values())
