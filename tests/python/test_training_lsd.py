@@ -16,7 +16,8 @@ import pytest
 import torch
 import vramkit
 from click.testing import CliRunner
-from vramkit.cli import EXIT_ERROR, main
+from vramkit.cli import main
+from vramkit.cli_common import EXIT_ERROR
 from vramkit.errors import PrecisionUnavailableError
 from vramkit.training import (
     LSD,
