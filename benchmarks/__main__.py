@@ -25,10 +25,23 @@ SUITES = {
     "loading": "checkpoints warm and cold, against safetensors, copies and direct reads",
     "systems": "the five systems: true scale beside claims, small scale by mode, under a limit",
     "interop": "bitsandbytes' operators on our kernels and on its own; memory of a QLoRA step",
+    "training": "unscale + norm + clip and AdamW over 300 tensors, against torch's and the memory",
+    "savers": "training with memory savers: loss against float32's, peaks against their estimates",
+    "lsd": "the video model: trained on moving digits, 1,000 frames by precision, true scale",
     "serve": "the Chatterbox server under 50 clients: lost and mixed-up answers, latency, memory",
 }
 # Those that take a number of threads.
-THREADED = ("cpu", "conversion", "int8", "conv", "interop", "offload", "loading", "systems")
+THREADED = (
+    "cpu",
+    "conversion",
+    "int8",
+    "conv",
+    "interop",
+    "offload",
+    "loading",
+    "systems",
+    "training",
+)
 
 
 def main() -> int:
@@ -42,17 +55,10 @@ def main() -> int:
             sub.add_argument("--size", type=int, default=4096)
         if name in ("cpu", "int8"):
             sub.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64, 512])
-        if name in (
-            "cpu",
-            "conversion",
-            "int8",
-            "conv",
-            "interop",
-            "offload",
-            "loading",
-            "systems",
-        ):
+        if name in THREADED:
             sub.add_argument("--threads", type=int, default=2)
+        if name == "training":
+            sub.add_argument("--elements", type=int, default=24_000_000)
         if name in ("sensitivity", "frontier"):
             sub.add_argument("--models", nargs="+", metavar="MODEL", help="only these")
             sub.add_argument("--cache", metavar="FOLDER", help="go on with what was measured there")
@@ -74,6 +80,20 @@ def main() -> int:
         if name == "systems":
             sub.add_argument("--systems", nargs="+", metavar="SYSTEM", help="only these")
             sub.add_argument("--quick", action="store_true", help="tiny models, nothing trained")
+        if name == "savers":
+            sub.add_argument("--models", nargs="+", choices=["llama", "lsd"], help="only these")
+            sub.add_argument("--seeds", type=int, default=3)
+            sub.add_argument("--steps", type=int, help="of training; 20 and 8 by default")
+            sub.add_argument("--threads", type=int, default=1)
+        if name == "lsd":
+            sub.add_argument("--frames", type=int, default=1000)
+            sub.add_argument("--base", type=int, default=16, help="base channels, 16 or 32")
+            sub.add_argument("--steps", type=float, default=1.0, help="times the steps of training")
+            sub.add_argument("--weights", metavar="FILE", help="trained before, or kept for later")
+            sub.add_argument("--precisions", nargs="+", default=["bf16", "fp16", "fp8", "int8"])
+            sub.add_argument("--true-scale", action=argparse.BooleanOptionalAction, default=True)
+            sub.add_argument("--threads", type=int, default=1)
+            sub.add_argument("--report", metavar="FOLDER", help="HTML, Markdown and pictures")
         if name == "serve":
             sub.add_argument("--clients", type=int, default=50)
             sub.add_argument("--seconds", type=float, default=60.0, help="600 at most")

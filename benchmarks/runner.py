@@ -51,13 +51,18 @@ def write_json(path: str, data: dict[str, Any]) -> None:
 
 
 def in_turn(
-    work: Mapping[str, Callable[[], Any]], *, repeats: int = 15, slowest: float = 2.0
+    work: Mapping[str, Callable[[], Any]],
+    *,
+    repeats: int = 15,
+    slowest: float = 2.0,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
     """Median seconds of each, called in turn so that a busy moment hits all alike.
 
     Each is called twice and timed the second time: what the one before it left behind (full
     caches, memory still to be written back, forgotten address translations) is not its own doing.
-    `slowest` bounds the seconds spent on any one of them.
+    `slowest` bounds the seconds spent on any one of them. `clock`: time.thread_time where one
+    thread works and others' work on the machine should not count.
     """
     times: dict[str, list[float]] = {name: [] for name in work}
     for call in work.values():
@@ -67,11 +72,11 @@ def in_turn(
         for name, call in work.items():
             if spent[name] > slowest and len(times[name]) >= 3:
                 continue
-            begin = time.perf_counter()
+            begin = clock()
             call()
-            start = time.perf_counter()
+            start = clock()
             call()
-            end = time.perf_counter()
+            end = clock()
             times[name].append(end - start)
             spent[name] += end - begin
     return {name: median(values) for name, values in times.items()}

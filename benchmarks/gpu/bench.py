@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-MODULES = ("limits", "decoding", "products", "int8", "offload", "estimates")
+MODULES = ("limits", "decoding", "products", "int8", "training", "offload", "estimates")
 
 
 class Both(io.StringIO):

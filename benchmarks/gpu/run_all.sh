@@ -41,7 +41,7 @@ mkdir -p "$out" && out=$(cd "$out" && pwd)
 build=${VRAMKIT_GPU_BUILD:-$root/build/gpu}
 python=${PYTHON:-python3}
 jobs=${JOBS:-$(nproc)}
-sanitized=${SANITIZED:-address or kernel or casts or pieces or quantiz or recurrences or convolutions_on_a_gpu or rounded or an_engine_on}
+sanitized=${SANITIZED:-address or kernel or casts or pieces or quantiz or recurrences or convolutions_on_a_gpu or rounded or steps_are or sums_are or an_engine_on}
 export PYTHONPATH="$root/python:$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONDONTWRITEBYTECODE=1
 declare -A verdict
 order=()

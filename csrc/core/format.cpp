@@ -103,15 +103,15 @@ std::vector<float> linspace(float start, float end, int steps) {
   return values;
 }
 
-std::array<float, 256> make_dynamic_map() {
+std::array<float, 256> make_dynamic_map(bool with_sign) {
   std::vector<float> values{0.0f, 1.0f};
   for (int i = 0; i < 7; ++i) {
-    const auto bounds = linspace(0.1f, 1.0f, (1 << i) + 1);
+    const auto bounds = linspace(0.1f, 1.0f, (1 << (with_sign ? i : i + 1)) + 1);
     const auto power = static_cast<float>(std::pow(10.0, i - 6));
     for (std::size_t k = 0; k + 1 < bounds.size(); ++k) {
       const float value = power * ((bounds[k] + bounds[k + 1]) / 2.0f);
       values.push_back(value);
-      values.push_back(-value);
+      if (with_sign) values.push_back(-value);
     }
   }
   std::sort(values.begin(), values.end());
@@ -144,7 +144,12 @@ const std::array<float, 16> kFp4Table = {
     0.0f, -1.0f / 192, -2.0f / 3, -1.0f, -1.0f / 3, -0.5f, -1.0f / 6, -0.25f};
 
 const std::array<float, 256>& dynamic_map() {
-  static const std::array<float, 256> map = make_dynamic_map();
+  static const std::array<float, 256> map = make_dynamic_map(true);
+  return map;
+}
+
+const std::array<float, 256>& unsigned_dynamic_map() {
+  static const std::array<float, 256> map = make_dynamic_map(false);
   return map;
 }
 

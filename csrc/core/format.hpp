@@ -106,6 +106,8 @@ extern const std::array<float, 16> kNf4Table;
 extern const std::array<float, 16> kFp4Table;
 // The signed 8-bit dynamic map that quantizes nested scales (Dettmers et al., 8-bit optimizers).
 const std::array<float, 256>& dynamic_map();
+// Its unsigned twin, for the second moments of 8-bit optimizer state.
+const std::array<float, 256>& unsigned_dynamic_map();
 
 // rows and cols of a shape; a scalar or vector is one row. Throws InvalidArgument.
 struct Matrix {

@@ -17,6 +17,7 @@ struct Simd {
   using F = __m256;
   using I [[gnu::vector_size(32)]] = std::int32_t;
   using U [[gnu::vector_size(32)]] = std::uint32_t;
+  using D = __m256d;
   struct Table16 {
     F low, high;
   };
@@ -25,12 +26,41 @@ struct Simd {
   static F load(const void* p) { return _mm256_loadu_ps(static_cast<const float*>(p)); }
   static void store(void* p, F v) { _mm256_storeu_ps(static_cast<float*>(p), v); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static F sqrt(F a) { return _mm256_sqrt_ps(a); }
   static F min(F a, F b) { return _mm256_min_ps(a, b); }
   static F max(F a, F b) { return _mm256_max_ps(a, b); }
   static I max(I a, I b) { return (I)_mm256_max_epi32((__m256i)a, (__m256i)b); }
   static I min(I a, I b) { return (I)_mm256_min_epi32((__m256i)a, (__m256i)b); }
   static F to_float(I v) { return _mm256_cvtepi32_ps((__m256i)v); }
   static I to_int_even(F v) { return (I)_mm256_cvtps_epi32(v); }
+  static I to_int(F v) { return (I)_mm256_cvttps_epi32(v); }
+
+  // The lower and the upper lanes' squares, added to `low` and `high`.
+  static void add_squares(F v, D& low, D& high) {
+    const D a = _mm256_cvtps_pd(_mm256_castps256_ps128(v));
+    const D b = _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1));
+    low = _mm256_fmadd_pd(a, a, low);
+    high = _mm256_fmadd_pd(b, b, high);
+  }
+  // The 64-bit products of each lane and a number.
+  static void multiply_wide(U a, std::uint32_t by, U& high, U& low) {
+    const __m256i factor = _mm256_set1_epi64x(by);
+    const __m256i even = _mm256_mul_epu32((__m256i)a, factor);
+    const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)a, 32), factor);
+    high = (U)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+    low = (U)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+  }
+  // Four lanes by four within each 128 bits: v[k] gets what lane k of each had.
+  static void transpose4(U (&v)[4]) {
+    const __m256i a = _mm256_unpacklo_epi32((__m256i)v[0], (__m256i)v[1]);
+    const __m256i b = _mm256_unpackhi_epi32((__m256i)v[0], (__m256i)v[1]);
+    const __m256i c = _mm256_unpacklo_epi32((__m256i)v[2], (__m256i)v[3]);
+    const __m256i d = _mm256_unpackhi_epi32((__m256i)v[2], (__m256i)v[3]);
+    v[0] = (U)_mm256_unpacklo_epi64(a, c);
+    v[1] = (U)_mm256_unpackhi_epi64(a, c);
+    v[2] = (U)_mm256_unpacklo_epi64(b, d);
+    v[3] = (U)_mm256_unpackhi_epi64(b, d);
+  }
 
   // Lane i with lane i + 4, then with i + 2, …: the order that encode.hpp prescribes.
   static float sum(F v) {
@@ -140,14 +170,17 @@ struct Simd {
 #include "cpu/int8_avx2.hpp"
 #include "cpu/int8_vector.hpp"
 #include "cpu/vector_kernels.hpp"
+#include "cpu/vector_multi.hpp"
 #include "cpu/vector_recurrent.hpp"
 // After the kernels that it falls back on.
 #include "cpu/nibbles_avx2.hpp"
 
 namespace vramkit::cpu {
 namespace {
-constexpr Kernels kernels{Simd::name,   quantize, dequantize, linear_avx2,
-                          int8_kernels, feedback, recur,      spin};
+constexpr Kernels kernels{
+    Simd::name,   quantize, dequantize, linear_avx2,
+    int8_kernels, feedback, recur,      {square_sum, scale_values, cast_values, adamw},
+    spin};
 }  // namespace
 const Kernels* avx2_kernels() { return &kernels; }
 }  // namespace vramkit::cpu

@@ -25,6 +25,7 @@ struct Simd {
   using F = __m512;
   using I [[gnu::vector_size(64)]] = std::int32_t;
   using U [[gnu::vector_size(64)]] = std::uint32_t;
+  using D = __m512d;
   struct Table16 {
     F all;
   };
@@ -33,12 +34,41 @@ struct Simd {
   static F load(const void* p) { return _mm512_loadu_ps(p); }
   static void store(void* p, F v) { _mm512_storeu_ps(p, v); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F sqrt(F a) { return _mm512_sqrt_ps(a); }
   static F min(F a, F b) { return _mm512_min_ps(a, b); }
   static F max(F a, F b) { return _mm512_max_ps(a, b); }
   static I max(I a, I b) { return (I)_mm512_max_epi32((__m512i)a, (__m512i)b); }
   static I min(I a, I b) { return (I)_mm512_min_epi32((__m512i)a, (__m512i)b); }
   static F to_float(I v) { return _mm512_cvtepi32_ps((__m512i)v); }
   static I to_int_even(F v) { return (I)_mm512_cvtps_epi32(v); }
+  static I to_int(F v) { return (I)_mm512_cvttps_epi32(v); }
+
+  // The lower and the upper lanes' squares, added to `low` and `high`.
+  static void add_squares(F v, D& low, D& high) {
+    const D a = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
+    const D b = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
+    low = _mm512_fmadd_pd(a, a, low);
+    high = _mm512_fmadd_pd(b, b, high);
+  }
+  // The 64-bit products of each lane and a number.
+  static void multiply_wide(U a, std::uint32_t by, U& high, U& low) {
+    const __m512i factor = _mm512_set1_epi64(by);
+    const __m512i even = _mm512_mul_epu32((__m512i)a, factor);
+    const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64((__m512i)a, 32), factor);
+    high = (U)_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
+    low = (U)_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
+  }
+  // Four lanes by four within each 128 bits: v[k] gets what lane k of each had.
+  static void transpose4(U (&v)[4]) {
+    const __m512i a = _mm512_unpacklo_epi32((__m512i)v[0], (__m512i)v[1]);
+    const __m512i b = _mm512_unpackhi_epi32((__m512i)v[0], (__m512i)v[1]);
+    const __m512i c = _mm512_unpacklo_epi32((__m512i)v[2], (__m512i)v[3]);
+    const __m512i d = _mm512_unpackhi_epi32((__m512i)v[2], (__m512i)v[3]);
+    v[0] = (U)_mm512_unpacklo_epi64(a, c);
+    v[1] = (U)_mm512_unpackhi_epi64(a, c);
+    v[2] = (U)_mm512_unpacklo_epi64(b, d);
+    v[3] = (U)_mm512_unpackhi_epi64(b, d);
+  }
 
   // Lane i with lane i + 8, then with i + 4, …: the order that encode.hpp prescribes.
   static float sum(F v) {
@@ -127,14 +157,22 @@ struct Simd {
 // After what they are made of.
 #include "cpu/int8_vector.hpp"
 #include "cpu/vector_kernels.hpp"
+#include "cpu/vector_multi.hpp"
 #include "cpu/vector_recurrent.hpp"
 // After the kernels that they build on.
 #include "cpu/bf16_product.hpp"
 
 namespace vramkit::cpu {
 namespace {
-constexpr Kernels kernels{Simd::name, quantize, dequantize_avx512, linear_avx512, int8_kernels,
-                          feedback,   recur,    spin_avx512};
+constexpr Kernels kernels{Simd::name,
+                          quantize,
+                          dequantize_avx512,
+                          linear_avx512,
+                          int8_kernels,
+                          feedback,
+                          recur,
+                          {square_sum, scale_values, cast_values, adamw},
+                          spin_avx512};
 }  // namespace
 const Kernels* avx512_kernels() { return &kernels; }
 }  // namespace vramkit::cpu

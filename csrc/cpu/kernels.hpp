@@ -11,6 +11,7 @@
 
 #include "core/format.hpp"
 #include "cpu/int8.hpp"
+#include "cpu/multi.hpp"
 #include "cpu/recurrent.hpp"
 
 namespace vramkit::cpu {
@@ -93,6 +94,7 @@ struct Kernels {
   void (*feedback)(const Feedback& job, std::int64_t begin, std::int64_t end);
   // Units [begin, end) of the first `rows` rows.
   void (*recur)(const RecurrentStep& step, std::int64_t rows, std::int64_t begin, std::int64_t end);
+  MultiKernels multi;
   // Multiplies and adds operands of `type` that stay in registers, for the benchmarks' limit.
   // Returns how many products `rounds` rounds are.
   std::int64_t (*spin)(DType type, std::int64_t rounds);

@@ -277,6 +277,7 @@ std::int64_t spin(DType, std::int64_t rounds) {
 }  // namespace vramkit::cpu
 
 #include "cpu/int8_reference.hpp"
+#include "cpu/multi_reference.hpp"
 #include "cpu/recurrent_reference.hpp"
 
 namespace vramkit::cpu {
@@ -294,9 +295,15 @@ SortedTable sort_table(const std::vector<float>& table) {
 }
 
 const Kernels& reference_kernels() {
-  static const Kernels kernels{
-      "scalar", quantize, dequantize, linear, {quantize_int8, sums_int8, product_int8, spin_int8},
-      feedback, recur,    spin};
+  static const Kernels kernels{"scalar",
+                               quantize,
+                               dequantize,
+                               linear,
+                               {quantize_int8, sums_int8, product_int8, spin_int8},
+                               feedback,
+                               recur,
+                               {square_sum, scale_values, cast_values, adamw},
+                               spin};
   return kernels;
 }
 

@@ -1,5 +1,5 @@
 // Schemas of all operators, in one place. Implementations: ops.cpp, blockwise.cpp, conv.cpp,
-// int8.cpp, recurrent.cpp, stochastic.cpp (CPU), csrc/cuda/ops (CUDA), and
+// int8.cpp, multi.cpp, recurrent.cpp, stochastic.cpp (CPU), csrc/cuda/ops (CUDA), and
 // python/vramkit/_operators.py for those that allocate or call torch's own products.
 //
 // A stored weight is passed as its parts (codes, scales, extra), the codebook's table, and `spec`:
@@ -92,6 +92,24 @@ inline constexpr const char* kSchemas[] = {
     // columns weighted by `importance` where given.
     "_squared_error(Tensor x, Tensor codes, Tensor scales, Tensor? extra, Tensor? table, "
     "Tensor? importance, int[] spec) -> Tensor",
+    // Over lists of dense tensors, each with its partner's strides (multi.cpp). The sum of all
+    // squares, float64: infinite or NaN if and only if an element is.
+    "_multi_square_sum(Tensor[] tensors) -> Tensor",
+    "_multi_scale_(Tensor(a!)[] tensors, float factor) -> ()",
+    // With a seed, 16-bit targets are rounded at random: tensor t has row t's words.
+    "_multi_cast_out(Tensor[] sources, Tensor(a!)[] targets, int? seed) -> ()",
+    // cpu::AdamwStep. `largest`: empty, or AMSGrad's. `seconds`, empty or one per parameter: copies
+    // of float32 parameters, or the other halves of 16-bit ones. `steps`: each one's number, from
+    // 1. With a seed, 16-bit parameters without a second are rounded at random, by `rows`' words.
+    "_multi_adamw_(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] averages, "
+    "Tensor(c!)[] squares, Tensor(d!)[] largest, Tensor(e!)[] seconds, float factor, float lr, "
+    "float beta1, float beta2, float epsilon, float weight_decay, int[] steps, int[] rows, "
+    "int? seed) -> ()",
+    // The same with state in 8 bits: codes, and a float32 scale per 256 elements.
+    "_multi_adamw8_(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] average_codes, "
+    "Tensor(c!)[] average_scales, Tensor(d!)[] square_codes, Tensor(e!)[] square_scales, "
+    "Tensor(f!)[] seconds, float factor, float lr, float beta1, float beta2, float epsilon, "
+    "float weight_decay, int[] steps, int[] rows, int? seed) -> ()",
     // Limits of this machine: products per second of `operand`'s dtype with operands in registers,
     // on as many threads as it is long; and bytes per second of a streaming read of `buffer`.
     "_product_rate(Tensor operand) -> float",

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import __version__
+from .cli_bench import bench
 from .cli_common import (
     factory_option,
     inputs_option,
@@ -227,7 +228,7 @@ def _precisions(text: str) -> list[str]:
     return [mode.value for mode in PrecisionMode]
 
 
-for command in (plan, sensitivity, convert, fit, compare, heartmula, serve, qwen_image):
+for command in (plan, sensitivity, convert, fit, compare, bench, heartmula, serve, qwen_image):
     main.add_command(command)
 
 if __name__ == "__main__":

@@ -70,3 +70,7 @@ class PrecisionConfigError(VramkitError, ValueError):
 
 class PrunedModuleError(VramkitError, RuntimeError):
     """A call of a module whose weights were taken out because a trace never called it."""
+
+
+class PrecisionUnavailableError(VramkitError, RuntimeError):
+    """A precision that a device cannot compute in, or only by emulation."""

@@ -190,6 +190,15 @@ def stack_bound(length: int, layers: int) -> float:
     return layers * accumulation_bound(length)
 
 
+def reordered(length: int, error: float) -> float:
+    """Relative change of a relative L2 `error` where products of `length` are summed otherwise.
+
+    torch's product takes another way through memory that is aligned otherwise. Both outputs, the
+    one that is judged and the one it is held against, move by accumulation_bound of their size.
+    """
+    return 2 * accumulation_bound(length) / error
+
+
 # Chatterbox's networks with random weights, relative L2. A row of weights and one of activations
 # each err by absmax / 127 / sqrt(12), 0.75 % of a Gaussian row's norm (absmax is 3.3 deviations in
 # a row of 1024), together 1.06 % a product. Blocks of a residual network add their errors as they

@@ -113,7 +113,28 @@ def test_heartmula(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert space["music"].wav.shape[0] == 2
 
 
+def test_lsd(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    space: dict[str, Any] = {}
+    for language, code in blocks("lsd.md"):
+        assert language == "python"
+        exec(compile(code, "lsd.md", "exec"), space)
+    out = capsys.readouterr().out
+    assert "torch.bfloat16" in out
+    assert "torch.Size([2, 100, 64])" in out
+    assert space["saved"].bytes_after < space["saved"].bytes_before
+    assert space["report"].stepped
+    assert space["out"].shape == space["frame"].shape
+    assert space["frames"].shape == (1, 3, 3, 32, 32)
+    assert set(space["stats"]) >= {"total_time", "fps", "time_per_frame", "peak_memory"}
+    assert set(space["results"]) == {("fp32", "tiny"), ("int8", "tiny")}
+    assert {p.name for p in (tmp_path / "week1").iterdir()} >= {"week1.json", "week1.html"}
+
+
 def test_pages_have_no_placeholders() -> None:
     for page in PAGES.glob("*.md"):
         text = page.read_text(encoding="utf-8")
-        assert not re.search(r"^(TABLE|PROFILES)$", text, re.MULTILINE), page
+        assert not re.search(r"^(TABLE|PROFILES|SUITE|FIGURES)$", text, re.MULTILINE), page
