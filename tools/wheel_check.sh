@@ -10,7 +10,7 @@ trap 'rm -rf "$folder"' EXIT
 python -m zipfile -e "$wheel" "$folder"
 
 list() { sort -u | grep -v -e '\.dist-info/' -e '__pycache__/'; }
-expected=$({ cd python && find vramkit -type f ! -name '*.so' ! -path '*_cache/*'; echo vramkit/_core.so; echo vramkit/_ops.so
+expected=$({ cd python && find vramkit pytest_vramkit -type f ! -name '*.so' ! -path '*_cache/*'; echo vramkit/_core.so; echo vramkit/_ops.so
   if [ -e "$folder/vramkit/_ops_cuda.so" ]; then echo vramkit/_ops_cuda.so; fi; } | list)
 held=$(cd "$folder" && find . -type f -printf '%P\n' | sed 's|^\(vramkit/_core\)\.[^/]*\.so$|\1.so|' | list)
 diff <(echo "$expected") <(echo "$held") || { echo "$wheel: files missing (<) or stray (>)"; exit 1; }
