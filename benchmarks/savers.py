@@ -146,7 +146,7 @@ CASES = {
         20,
         3e-3,
     ),
-    "lsd": Case(lambda: LSD(16), video_batches, lsd_blocks, 8, 3e-3, 2.0**7),
+    "lsd": Case(lambda: LSD(16), video_batches, lsd_blocks, 40, 3e-3, 2.0**7),
 }
 
 
