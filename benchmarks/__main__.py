@@ -83,7 +83,7 @@ def main() -> int:
         if name == "savers":
             sub.add_argument("--models", nargs="+", choices=["llama", "lsd"], help="only these")
             sub.add_argument("--seeds", type=int, default=3)
-            sub.add_argument("--steps", type=int, help="of training; 20 and 8 by default")
+            sub.add_argument("--steps", type=int, help="of training; 20 and 40 by default")
             sub.add_argument("--threads", type=int, default=1)
         if name == "lsd":
             sub.add_argument("--frames", type=int, default=1000)
