@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 import sys
 import types
 from pathlib import Path
@@ -412,6 +413,8 @@ def upstream() -> Any:
         try:
             networks = stack.enter_context(published_networks())
         except ImportError as error:
+            if os.environ.get("REQUIRE_REAL_WEIGHTS") == "1":
+                pytest.fail(f"{error} (REQUIRE_REAL_WEIGHTS=1)")
             pytest.skip(str(error))
         yield networks
 

@@ -81,29 +81,33 @@ def _chatterbox(patch: pytest.MonkeyPatch, folder: Path) -> System:
     )  # fmt: skip
 
 
+class Switch:
+    """Something that fails from a call on, until what the call returned is called."""
+
+    on = False
+
+    def __call__(self) -> Callable[[], None]:
+        self.on = True
+
+        def repair() -> None:
+            self.on = False
+
+        return repair
+
+
 def _p3sam(patch: pytest.MonkeyPatch, folder: Path) -> System:
     module: Any = types.ModuleType("auto_mask")
-    fail = False
+    broken = Switch()
 
     def make(ckpt_path: str | None, point_num: int = 0) -> AutoMask:
         assert (ckpt_path, point_num) == ("weights.pt", 24)
-        if fail:
+        if broken.on:
             raise RuntimeError("the checkpoint is damaged")
         torch.manual_seed(0)
         return AutoMask(P3Sam())
 
     module.AutoMask = make
     patch.setitem(sys.modules, "auto_mask", module)
-
-    def broken() -> Callable[[], None]:
-        nonlocal fail
-        fail = True
-
-        def repair() -> None:
-            nonlocal fail
-            fail = False
-
-        return repair
 
     cloud = torch.rand(24, 3, generator=torch.Generator().manual_seed(1))
     return System(
@@ -132,25 +136,15 @@ def _heartmula(patch: pytest.MonkeyPatch, folder: Path) -> System:
 
 def _qwen_image(patch: pytest.MonkeyPatch, folder: Path) -> System:
     diffusers = pytest.importorskip("diffusers")
-    fail = False
+    broken = Switch()
 
     def from_pretrained(path: str, torch_dtype: torch.dtype) -> Any:
         assert (path, torch_dtype) == ("somewhere", torch.float32)
-        if fail:
+        if broken.on:
             raise OSError("no such repository")
         return pipeline()
 
     patch.setattr(diffusers.QwenImagePipeline, "from_pretrained", from_pretrained)
-
-    def broken() -> Callable[[], None]:
-        nonlocal fail
-        fail = True
-
-        def repair() -> None:
-            nonlocal fail
-            fail = False
-
-        return repair
 
     turn = threading.Lock()  # diffusers' schedulers count their steps: one call at a time
 

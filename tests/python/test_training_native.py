@@ -6,7 +6,7 @@ import copy
 import itertools
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numerics
@@ -48,6 +48,26 @@ def threads() -> Iterator[tuple[int, ...]]:
     before = torch.get_num_threads()
     yield (1, 2, 3)
     torch.set_num_threads(before)
+
+
+Made = tuple[list[nn.Parameter], AdamW]
+
+
+def gone_on(
+    make: Callable[[], Made],
+) -> tuple[list[nn.Parameter], AdamW, list[nn.Parameter], AdamW]:
+    """An optimizer after five steps, and one that took up its state after three: the same bits."""
+    ours, optimizer = make()
+    stepped(optimizer, ours, 3)
+    again, resumed = make()
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for a, b in zip(again, ours, strict=True):
+        a.data.copy_(b.data)
+    stepped(optimizer, ours, 2)
+    stepped(resumed, again, 2)
+    for a, b in zip(again, ours, strict=True):
+        assert torch.equal(a, b)
+    return ours, optimizer, again, resumed
 
 
 class TestLists:
@@ -248,16 +268,7 @@ class TestAdamW:
             groups = [{"params": halves[:2]}, {"params": [*halves[2:], single]}]
             return [*halves, single], AdamW(groups, lr=1e-3, rounding="stochastic", seed=9)
 
-        ours, optimizer = make()
-        stepped(optimizer, ours, 3)
-        again, resumed = make()
-        resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-        for a, b in zip(again, ours, strict=True):
-            a.data.copy_(b.data)
-        stepped(optimizer, ours, 2)
-        stepped(resumed, again, 2)
-        for a, b in zip(again, ours, strict=True):
-            assert torch.equal(a, b)
+        gone_on(make)
         # A step of a float32 parameter beside them is the plain one.
         plain = nn.Parameter(torch.ones(40))
         single = nn.Parameter(torch.ones(40))
@@ -330,16 +341,8 @@ class TestAdamW:
             parameters = [nn.Parameter(t) for t in tensors(torch.bfloat16)]
             return parameters, AdamW(parameters, lr=1e-2, masters=masters, state_bits=bits)
 
-        ours, optimizer = make()
-        stepped(optimizer, ours, 3)
-        again, resumed = make()
-        resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        ours, optimizer, again, resumed = gone_on(make)
         for a, b in zip(again, ours, strict=True):
-            a.data.copy_(b.data)
-        stepped(optimizer, ours, 2)
-        stepped(resumed, again, 2)
-        for a, b in zip(again, ours, strict=True):
-            assert torch.equal(a, b)
             for key, value in optimizer.state[b].items():
                 if isinstance(value, Tensor):
                     assert value.dtype == resumed.state[a][key].dtype
